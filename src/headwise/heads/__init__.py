@@ -1,0 +1,5 @@
+"""Reading trained models: one file per kind of finding."""
+
+from headwise._lazy import area
+
+__getattr__, __dir__ = area(__name__, __path__)

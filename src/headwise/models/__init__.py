@@ -1,0 +1,5 @@
+"""Whole networks built from the mechanisms, by transformers' conventions."""
+
+from headwise._lazy import area
+
+__getattr__, __dir__ = area(__name__, __path__)
