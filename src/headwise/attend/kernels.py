@@ -114,8 +114,8 @@ def _attention(
         return attention_blockwise(q, k, v, mask=mask, causal=causal, scale=factor, softcap=softcap)
 
     empty = empty_rows(mask, causal, q.shape[2], k.shape[2])
-    if mask is not None and (mask.dtype == torch.bool or mask.dtype not in (q.dtype, torch.float32) or _strict(q)):
-        mask = additive(mask, q.dtype)
+    if mask is not None:
+        mask = additive(mask, _mask_dtype(q, mask))
     d, e = q.shape[-1], v.shape[-1]
     # The operators want one head size: zero columns change neither scores nor the kept part of the output.
     if d < e:
@@ -129,13 +129,16 @@ def _attention(
     out = out[..., :e]
     if empty is not None:  # known from the mask: a log-sum-exp of exactly 0.0 can be a true one
         lse = lse.masked_fill(empty, -torch.inf)
-        out = out.masked_fill(empty[..., None], 0)
+        if q.device.type == "cuda":  # the operator of the CPU leaves 0 there itself
+            out = out.masked_fill(empty[..., None], 0)
     return out, lse
 
 
-def _strict(q: Tensor) -> bool:
-    """Whether the operator for q reads masks in q's dtype only (a float32 mask with float64 q is garbage, unsaid)."""
-    return q.dtype == torch.float64 or q.device.type == "cuda"
+def _mask_dtype(q: Tensor, mask: Tensor) -> torch.dtype:
+    """The dtype in which the operator for q reads this mask. A float32 mask with float64 q would be garbage, unsaid."""
+    if mask.dtype == torch.bool or q.dtype == torch.float64 or q.device.type == "cuda":
+        return q.dtype
+    return q.dtype if mask.dtype == q.dtype else torch.float32
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor | None:

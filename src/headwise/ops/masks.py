@@ -100,7 +100,7 @@ def decompose(mask: Tensor) -> Bool[Tensor, "b 1 1 s"] | None:
     """
     if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != mask.shape[3]:
         return None
-    if mask.shape[2] == 0:
+    if mask.shape[2] == 0 or mask.is_meta:
         return None
 
     def answer() -> Tensor | None:
