@@ -1,0 +1,583 @@
+"""Primitive edits: the few ways in which attention can be changed while a model runs.
+
+Every edit names heads (None: all of the main tower), the rows that it touches (`when`) and its neutral setting, at
+which it is the identity bit for bit. Edits act in three stages, each in the order given: on the inputs of a head
+(`InputEdit`), on its weights (`GroupEdit` through the masses of key groups, `RowEdit` on whole rows), on its output
+(`OutputEdit`). Methods in `headwise.steering` are made of these. To write your own, subclass one of the four.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from headwise.attend.addresses import Head
+from headwise.attend.call import Call
+from headwise.attend.groups import KeyGroup, key_group
+from headwise.attend.step import Step
+
+__all__ = [
+    "Ablate",
+    "BiasGroup",
+    "Edit",
+    "ForceRows",
+    "GroupEdit",
+    "InputEdit",
+    "OutputEdit",
+    "PerturbScores",
+    "ProjectHead",
+    "ReplaceHeads",
+    "RowEdit",
+    "EditRows",
+    "Rows",
+    "ScaleGroup",
+    "ScaleHeads",
+    "load_edits",
+    "save_edits",
+]
+
+Heads = str | Iterable[Head | str] | None
+When = Literal["all", "prompt", "generated"] | Callable[[Step], Tensor]
+
+
+@dataclass(kw_only=True)
+class Edit:
+    """What all edits share.
+
+    heads: a selection ("3.*,top:sink:4"), heads, or None for every head of the main tower.
+    when: "all" rows, rows of the "prompt", rows of "generated" tokens, or a function from the `Step` to a boolean
+        `[b, t]` over the rows of this forward.
+    """
+
+    heads: Heads = None
+    when: When = "all"
+
+    def __post_init__(self):
+        if not callable(self.when) and self.when not in ("all", "prompt", "generated"):
+            raise ValueError(
+                f"{type(self).__name__}: when is {self.when!r}; choose all, prompt, generated or a function"
+            )
+
+    @property
+    def neutral(self) -> bool:
+        """True where this edit changes nothing; it is then skipped altogether."""
+        return False
+
+    def primitives(self) -> tuple["Edit", ...]:
+        """The edits that do the work: an edit by itself, a method the primitives that it is made of."""
+        return (self,)
+
+    def key_groups(self) -> tuple[KeyGroup, ...]:
+        """The key groups that this edit names."""
+        return ()
+
+    def rows(self, call: Call) -> bool | Tensor:
+        """Which rows of a call are touched: all (True), none (False), or a boolean `[b, t]`."""
+        if callable(self.when):
+            return self.when(call.step)
+        return self.when == "all" or (self.when == "generated") == call.step.generating
+
+    def to_json(self) -> dict:
+        """A document from which `load_edits` makes the same edit."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"edit": type(self).__name__, **{name: _encode(name, value) for name, value in values.items()}}
+
+
+class InputEdit(Edit):
+    """Changes what a head computes its attention from."""
+
+    def change(self, call: Call) -> Call:
+        """Return the call with other q, k, v or mask. Every head of the call is named, and has keys of its own."""
+        raise NotImplementedError
+
+
+class OutputEdit(Edit):
+    """Changes the output of a head, before the output projection mixes heads."""
+
+    def change(self, out: Tensor, call: Call) -> Tensor:
+        """`[b t h e]` of the named heads (numbered by `call.heads`) to the same shape."""
+        raise NotImplementedError
+
+
+class GroupEdit(Edit):
+    """Changes the masses of key groups; what lies inside a group, and inside the rest, keeps its proportions."""
+
+    def constant(self, call: Call) -> list[Tensor] | None:
+        """For each group a `[h]` constant added to its scores, if that is all this edit does; otherwise None."""
+        return None
+
+    def reweigh(self, log_mass: Tensor, inside: Tensor, call: Call) -> Tensor:
+        """New log-masses of the atoms of a row.
+
+        log_mass: `[b h t a]`; exponentials sum to 1, the last atoms being the rest and the sink column.
+        inside: `[g, a]` boolean, which atoms make up each of this edit's groups.
+        """
+        raise NotImplementedError
+
+
+class RowEdit(Edit):
+    """Changes whole rows of weights: they are formed block by block, for the named heads only."""
+
+    def change(self, weights: Tensor, rows: "Rows") -> Tensor:
+        """`[b h r s]` float32 weights of the named heads to the same shape."""
+        raise NotImplementedError
+
+
+@dataclass
+class Rows:
+    """The rows that a `RowEdit` is shown: `index` `[r]` of the call's rows, and the call itself."""
+
+    call: Call
+    index: slice | Tensor
+    columns: int | None = None
+
+    @property
+    def visible(self) -> Tensor:
+        """Boolean, broadcastable to `[b h r s]`: the keys that a row may see."""
+        s = self.call.k.shape[2] if self.columns is None else self.columns
+        row = torch.arange(self.call.q.shape[2], device=self.call.q.device)[self.index]
+        zero = torch.zeros(1, 1, len(row), s, device=self.call.q.device)
+        shown = self.call.masked(zero, self.index, s)
+        return shown > torch.finfo(torch.float32).min / 2
+
+    @property
+    def positions(self) -> Tensor:
+        """`[r]` absolute positions of the rows; columns start at `call.key_offset`."""
+        return torch.arange(self.call.q.shape[2], device=self.call.q.device)[self.index] + self.call.row_offset
+
+
+@dataclass
+class ScaleHeads(OutputEdit):
+    """Multiply the outputs of heads by a factor.
+
+    scale: a number, `[l, h]` for each head of the tower, or `[b, l, h]` for each item of the batch as well.
+    """
+
+    scale: float | Tensor = 1.0
+
+    @property
+    def neutral(self) -> bool:
+        return not isinstance(self.scale, Tensor) and self.scale == 1
+
+    def change(self, out: Tensor, call: Call) -> Tensor:
+        scale = self.scale
+        if isinstance(scale, Tensor):
+            part = scale[..., call.layer, :][..., call.heads].to(out)
+            part = part.view(-1, 1, part.shape[-1], 1)
+            if part.shape[0] not in (1, out.shape[0]):
+                raise ValueError(f"ScaleHeads: scale is for a batch of {part.shape[0]}, this one has {out.shape[0]}")
+            return out * part
+        return out * scale
+
+
+@dataclass
+class ReplaceHeads(OutputEdit):
+    """Replace the outputs of heads.
+
+    values: for each head a tensor `[e]`, `[t, e]` or `[b, t, e]` (t: absolute positions, or the rows of the call),
+    or a function from its output `[b, t, e]` to a new one.
+    """
+
+    values: dict[Head, Tensor | Callable[[Tensor], Tensor]]
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.values = {Head.parse(h) if isinstance(h, str) else h: value for h, value in self.values.items()}
+        if self.heads is None:
+            self.heads = list(self.values)
+
+    @property
+    def neutral(self) -> bool:
+        return not self.values
+
+    def change(self, out: Tensor, call: Call) -> Tensor:
+        new = []
+        for i, number in enumerate(call.heads):
+            value = self.values.get(Head(call.layer, number, call.tower))
+            if value is None:
+                new.append(out[:, :, i])
+            elif callable(value):
+                new.append(value(out[:, :, i]))
+            else:
+                new.append(_at_rows(value, call).to(out).expand_as(out[:, :, i]))
+        return torch.stack(new, 2)
+
+
+def _at_rows(value: Tensor, call: Call) -> Tensor:
+    """The part of a `[.. t e]` value that belongs to the rows of a call."""
+    t = call.q.shape[2]
+    if value.ndim < 2 or value.shape[-2] in (1, t):
+        return value
+    if value.shape[-2] < call.row_offset + t:
+        raise ValueError(
+            f"replacement of {call.tower or 'the model'} layer {call.layer}: it has {value.shape[-2]} rows but the "
+            f"sequence has {call.row_offset + t}; give one row, or a row for every position"
+        )
+    return value[..., call.row_offset : call.row_offset + t, :]
+
+
+@dataclass
+class Ablate(Edit):
+    """Take heads out.
+
+    mode: what is left of a head:
+        zero: nothing (its output is 0; a bias of the output projection stays);
+        uniform: the mean of the values that a row may see (what a query of zeros attends to);
+        first: the value of the first key that a row may see, as if all attention were parked on the sink;
+        mean: its mean output over the real tokens of other text (`statistics`);
+        resample: its outputs on another text, position by position (`statistics`).
+    statistics: for mean and resample, a `HeadOutputs` probe that has read that text (`headwise.head_outputs`).
+    """
+
+    mode: Literal["zero", "uniform", "first", "mean", "resample"] = "zero"
+    statistics: object = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        modes = ("zero", "uniform", "first", "mean", "resample")
+        if self.mode not in modes:
+            raise ValueError(f"Ablate: mode is {self.mode!r}; choose from {', '.join(modes)}")
+        if (self.mode in ("mean", "resample")) != (self.statistics is not None):
+            raise ValueError(
+                f"Ablate: mode {self.mode!r} with statistics={self.statistics!r}; mean and resample need the outputs "
+                "of another run (headwise.head_outputs), the other modes take none"
+            )
+
+    def primitives(self) -> tuple[Edit, ...]:
+        same = {"heads": self.heads, "when": self.when}
+        if self.mode == "zero":
+            return (ScaleHeads(scale=0.0, **same),)
+        if self.mode == "uniform":
+            return (_Uniform(**same),)
+        if self.mode == "first":
+            return (ForceRows(pattern="first", **same),)
+        return (ReplaceHeads(values=getattr(self.statistics, self.mode)(), **same),)
+
+
+@dataclass
+class _Uniform(InputEdit):
+    """Attend evenly to all visible keys: a query of zeros, with no bias left in the mask."""
+
+    def change(self, call: Call) -> Call:
+        mask = call.mask
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask > torch.finfo(mask.dtype).min / 2
+        return replace(call, q=torch.zeros_like(call.q), mask=mask, memo={})
+
+
+@dataclass
+class ProjectHead(InputEdit):
+    """Project the queries, keys or values of heads.
+
+    which: "q", "k" or "v". basis: `[d, r]` with orthonormal columns, or one such basis for each head.
+    keep: True keeps only the part in the span of the basis, False removes that part. With grouped keys only the named
+    query head sees its projected keys or values.
+    """
+
+    which: Literal["q", "k", "v"]
+    basis: Tensor | dict[Head, Tensor]
+    keep: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.which not in ("q", "k", "v"):
+            raise ValueError(f"ProjectHead: which is {self.which!r}; choose q, k or v")
+        if callable(self.when):
+            raise ValueError("ProjectHead: when must be all, prompt or generated; keys have no rows to choose from")
+        if isinstance(self.basis, dict) and self.heads is None:
+            self.heads = list(self.basis)
+
+    def change(self, call: Call) -> Call:
+        x = getattr(call, self.which)
+        basis = self.basis
+        if isinstance(basis, dict):
+            basis = torch.stack([basis[Head(call.layer, number, call.tower)] for number in call.heads])
+        if basis.shape[-2] != x.shape[-1]:
+            raise ValueError(
+                f"ProjectHead: basis has {basis.shape[-2]} rows but {self.which} has {x.shape[-1]} columns"
+            )
+        basis = basis.to(x)
+        part = (x @ basis) @ basis.mT
+        return replace(call, **{self.which: part if self.keep else x - part}, memo={})
+
+
+@dataclass
+class BiasGroup(GroupEdit):
+    """Add a constant to the scores of a key group: its mass is multiplied by exp(bias) and rows are renormalised.
+
+    bias: a number, `[l, h]` or a number for each head. Minus infinity removes the group, plus infinity leaves nothing
+    else; a row in which that would leave no key is left as it was.
+    """
+
+    group: KeyGroup
+    bias: float | Tensor | dict[Head, float]
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_group("BiasGroup", self.group)
+        if isinstance(self.bias, dict):
+            self.heads = list(self.bias) if self.heads is None else self.heads
+        elif not isinstance(self.bias, Tensor) and math.isnan(self.bias):
+            raise ValueError("BiasGroup: bias is nan; give a number, infinities included")
+
+    @property
+    def neutral(self) -> bool:
+        if isinstance(self.bias, dict):
+            return all(value == 0 for value in self.bias.values())
+        return not isinstance(self.bias, Tensor) and self.bias == 0
+
+    def key_groups(self) -> tuple[KeyGroup, ...]:
+        return (self.group,)
+
+    def constant(self, call: Call) -> list[Tensor] | None:
+        return [_per_head(self.bias, call, 0.0)]
+
+    def reweigh(self, log_mass: Tensor, inside: Tensor, call: Call) -> Tensor:
+        return _shift(log_mass, inside[0], _per_head(self.bias, call, 0.0))
+
+
+@dataclass
+class ScaleGroup(GroupEdit):
+    """Multiply the mass of a key group by a factor.
+
+    remainder: where the difference goes:
+        rest: the group keeps factor * mass (at most 1) and the other keys take what is left, in proportion;
+        renormalise: the row is divided by its new sum (the same as a bias of log factor);
+        none: nowhere, rows then do not sum to 1.
+    A row whose other keys have no mass is left as it was, except with "none".
+    """
+
+    group: KeyGroup
+    factor: float | Tensor | dict[Head, float]
+    remainder: Literal["rest", "renormalise", "none"] = field(default="rest", kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_group("ScaleGroup", self.group)
+        if self.remainder not in ("rest", "renormalise", "none"):
+            raise ValueError(f"ScaleGroup: remainder is {self.remainder!r}; choose rest, renormalise or none")
+        if isinstance(self.factor, dict):
+            self.heads = list(self.factor) if self.heads is None else self.heads
+            smallest = min(self.factor.values(), default=1.0)
+        else:
+            smallest = torch.as_tensor(self.factor).min()
+        if not smallest >= 0:
+            raise ValueError(f"ScaleGroup: factor is {self.factor}; it must be 0 or more")
+
+    @property
+    def neutral(self) -> bool:
+        if isinstance(self.factor, dict):
+            return all(value == 1 for value in self.factor.values())
+        return not isinstance(self.factor, Tensor) and self.factor == 1
+
+    def key_groups(self) -> tuple[KeyGroup, ...]:
+        return (self.group,)
+
+    def constant(self, call: Call) -> list[Tensor] | None:
+        return [_per_head(self.factor, call, 1.0).log()] if self.remainder == "renormalise" else None
+
+    def reweigh(self, log_mass: Tensor, inside: Tensor, call: Call) -> Tensor:
+        factor = _per_head(self.factor, call, 1.0)
+        if self.remainder == "renormalise":
+            return _shift(log_mass, inside[0], factor.log())
+        log_factor = factor.log().view(1, -1, 1).to(log_mass)
+        if self.remainder == "none":
+            return torch.where(inside[0], log_mass + log_factor[..., None], log_mass)
+        group, rest = _masses(log_mass, inside[0])
+        # 1 - c m = (1 - m) + (1 - c) m: for c <= 1 nothing is subtracted, so it is exact as m -> 1. For c > 1 the
+        # group stops at the whole row.
+        keep = torch.minimum(log_factor + group, torch.zeros_like(group))
+        gone = (1 - factor).view(1, -1, 1).to(log_mass)
+        left = torch.where(
+            gone >= 0,
+            torch.logaddexp(rest, gone.clamp_min(0).log() + group),
+            (rest.exp() + gone * group.exp()).clamp_min(0).log(),
+        )
+        to_group, to_rest = keep - group, left - rest
+        moved = log_mass + torch.where(inside[0], to_group[..., None], to_rest[..., None])
+        unchanged = torch.isneginf(rest) | torch.isneginf(group)
+        moved = torch.where(torch.isneginf(log_mass), log_mass, moved)
+        return torch.where(unchanged[..., None], log_mass, moved)
+
+
+def _check_group(where: str, group: object) -> None:
+    if not isinstance(group, KeyGroup):
+        raise TypeError(f"{where}: group is {type(group).__name__}; make one, e.g. attend.first_token()")
+
+
+def _masses(log_mass: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-mass of a group and of everything else, `[b h t]`; each from its own atoms, never 1 - the other."""
+    nothing = torch.full_like(log_mass, -torch.inf)
+    return (
+        torch.where(inside, log_mass, nothing).logsumexp(-1),
+        torch.where(inside, nothing, log_mass).logsumexp(-1),
+    )
+
+
+def _shift(log_mass: Tensor, inside: Tensor, bias: Tensor) -> Tensor:
+    """Add a `[h]` bias to a group's log-mass and renormalise; infinities mean all or nothing."""
+    bias = bias.view(1, -1, 1, 1).to(log_mass)
+    shifted = torch.where(inside, log_mass + bias.nan_to_num(posinf=0.0, neginf=0.0), log_mass)
+    shifted = torch.where(inside & torch.isneginf(bias), -torch.inf, shifted)
+    group = torch.where(inside, log_mass, -torch.inf).amax(-1, keepdim=True)
+    only_group = torch.isposinf(bias) & (group > -torch.inf)
+    shifted = torch.where(only_group & ~inside, -torch.inf, shifted)
+    empty = torch.isneginf(shifted.amax(-1, keepdim=True))  # nothing would be left: the row stays as it was
+    shifted = torch.where(empty, log_mass, shifted)
+    total = shifted.logsumexp(-1, keepdim=True)
+    return torch.where(empty, log_mass, shifted - total)
+
+
+def _per_head(value: float | Tensor | dict[Head, float], call: Call, default: float) -> Tensor:
+    """`[h]` values of the heads of a call, float32 or wider."""
+    if isinstance(value, dict):
+        found = [value.get(Head(call.layer, number, call.tower), default) for number in call.heads]
+        return torch.tensor(found, dtype=call.work_dtype, device=call.q.device)
+    if isinstance(value, Tensor) and value.ndim:
+        if value.ndim != 2:
+            raise ValueError(f"per-head value of shape {tuple(value.shape)}; give a number, [layers, heads] or a dict")
+        return value[call.layer, call.heads].to(call.q.device, call.work_dtype)
+    return torch.full((len(call.heads),), float(value), dtype=call.work_dtype, device=call.q.device)
+
+
+@dataclass
+class ForceRows(RowEdit):
+    """Give heads other rows of weights, whatever they would have attended to.
+
+    pattern: "first" (the first visible key), "previous", "self", "uniform" (all visible keys), a tensor `[s]`,
+    `[t, s]` or `[b, h, t, s]`, or a function from `Rows` to `[.., r, s]`. Weights on keys that a row may not see are
+    dropped, without renormalising.
+    """
+
+    pattern: str | Tensor | Callable[[Rows], Tensor] = "first"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.pattern, str) and self.pattern not in ("first", "previous", "self", "uniform"):
+            raise ValueError(
+                f"ForceRows: pattern is {self.pattern!r}; choose first, previous, self, uniform, a tensor or a function"
+            )
+
+    def change(self, weights: Tensor, rows: Rows) -> Tensor:
+        visible = rows.visible
+        if callable(self.pattern):
+            new = self.pattern(rows)
+        elif isinstance(self.pattern, Tensor):
+            t = self.pattern.shape[-2] if self.pattern.ndim > 1 else 1
+            new = self.pattern if t == 1 else self.pattern[..., rows.index, :]
+            new = new[..., : weights.shape[-1]]
+        elif self.pattern == "uniform":
+            new = visible / visible.sum(-1, keepdim=True).clamp_min(1)
+        elif self.pattern == "first":
+            new = torch.nn.functional.one_hot(visible.int().argmax(-1), weights.shape[-1])
+        else:
+            column = rows.positions - rows.call.key_offset - (self.pattern == "previous")
+            index = torch.arange(weights.shape[-1], device=weights.device)
+            new = index == column[:, None].clamp_min(0)
+        return (new.to(weights) * visible).expand_as(weights)
+
+
+@dataclass
+class PerturbScores(RowEdit):
+    """Add a perturbation to the scores of heads, before the softmax.
+
+    delta: broadcastable to `[b, h, t, s]` over the named heads of a layer, or one such tensor for each (tower, layer).
+    Differentiable in delta.
+    """
+
+    delta: Tensor | dict[tuple[str, int], Tensor]
+
+    def change(self, weights: Tensor, rows: Rows) -> Tensor:
+        delta = self.delta
+        if isinstance(delta, dict):
+            if (rows.call.tower, rows.call.layer) not in delta:
+                return weights
+            delta = delta[rows.call.tower, rows.call.layer]
+        if delta.ndim >= 2 and delta.shape[-2] > 1:
+            delta = delta[..., rows.index, :]
+        delta = delta[..., : weights.shape[-1]].to(weights)
+        # w e^d / sum(w e^d): the rows sum to what they summed to, so a sink column keeps its share of the logits.
+        shifted = weights * (delta - delta.amax(-1, keepdim=True)).exp()
+        missing = (1 - weights.sum(-1, keepdim=True)).clamp_min(0) if rows.call.sinks is not None else 0.0
+        missing = missing * (-delta.amax(-1, keepdim=True)).exp() if rows.call.sinks is not None else 0.0
+        total = shifted.sum(-1, keepdim=True) + missing
+        return torch.where(total > 0, shifted / total.clamp_min(torch.finfo(weights.dtype).tiny), weights)
+
+
+@dataclass
+class EditRows(RowEdit):
+    """Change the weights of heads by a function of your own.
+
+    function: `(weights [b h r s] float32, rows: Rows) -> weights`. It is called once per block of rows with the named
+    heads only; the other heads stay fused.
+    """
+
+    function: Callable[[Tensor, Rows], Tensor]
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not callable(self.function):
+            raise TypeError(f"EditRows: function is {type(self.function).__name__}; give a function of (weights, rows)")
+
+    def change(self, weights: Tensor, rows: Rows) -> Tensor:
+        new = self.function(weights, rows)
+        if new.shape != weights.shape:
+            raise ValueError(f"EditRows: the function returned {tuple(new.shape)} for weights {tuple(weights.shape)}")
+        return new
+
+
+def _encode(name: str, value: object) -> object:
+    """One field of an edit as JSON. Raises ValueError for what cannot be written down (functions, other runs)."""
+    if isinstance(value, KeyGroup):
+        return value.to_json()
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, Head):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _encode(name, item) for key, item in value.items()}
+    if isinstance(value, float) and math.isinf(value):
+        return str(value)
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    if isinstance(value, Iterable):
+        return [_encode(name, item) for item in value]
+    raise ValueError(f"save_edits: {name} is {type(value).__name__}, which JSON cannot hold")
+
+
+def _decode(name: str, value: object) -> object:
+    if name == "group" and isinstance(value, dict):
+        return key_group(**{k: tuple(map(tuple, v)) if k == "ranges" else v for k, v in value.items()})
+    if value in ("inf", "-inf"):
+        return float(str(value))
+    if isinstance(value, dict):
+        return {Head.parse(head): _decode("", item) for head, item in value.items()}
+    if name != "heads" and isinstance(value, list):
+        return torch.tensor(value)
+    return value
+
+
+def save_edits(edits: Iterable[Edit], path: str) -> None:
+    """Write edits as JSON. Raises ValueError for edits that hold functions or another run's outputs."""
+    text = json.dumps({"schema": 1, "edits": [edit.to_json() for edit in edits]}, indent=2)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def load_edits(path: str, known: dict[str, Callable[..., Edit]] | None = None) -> list[Edit]:
+    """Read edits written by `save_edits`. known: further classes by name (methods of `headwise.steering`)."""
+    classes = {name: value for name, value in globals().items() if isinstance(value, type) and issubclass(value, Edit)}
+    classes |= known or {}
+    with open(path, encoding="utf-8") as file:
+        document = json.load(file)
+    edits = []
+    for entry in document["edits"]:
+        name = entry.pop("edit")
+        if name not in classes:
+            raise ValueError(f"load_edits: edit {name!r} is unknown; known are {', '.join(sorted(classes))}")
+        edits.append(classes[name](**{key: _decode(key, value) for key, value in entry.items()}))
+    return edits

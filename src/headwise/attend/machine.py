@@ -1,0 +1,229 @@
+"""`attend`: one attention call with probes and edits, by the cheapest path that is exact.
+
+Heads that no edit names go to the plain implementation. The named heads are sorted into parts with the same edits:
+- only constants on key groups: one fused call with a broadcast key bias;
+- other edits on key groups: split the keys into atoms and the rest, one fused call for the rest, merge by log-masses;
+- edits on rows: rows of weights block by block.
+Factors and replacements of outputs come last.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from headwise.attend.call import Call
+from headwise.attend.edits import Edit, GroupEdit, InputEdit, OutputEdit, RowEdit, Rows
+from headwise.attend.merge import key_bias, regroup_rows, split_and_merge
+from headwise.attend.read import Probe, Reading
+
+__all__ = ["BoundEdit", "attend"]
+
+ROWS_PER_BLOCK = 128
+
+
+@dataclass
+class BoundEdit:
+    """An edit and the heads that it names: `(tower, layer) -> head numbers`."""
+
+    edit: Edit
+    heads: dict[tuple[str, int], list[int]]
+
+
+@dataclass
+class Part:
+    """Some heads of a call (positions in it) that the same edits change."""
+
+    heads: list[int]
+    edits: list[Edit]
+    call: Call = field(init=False)
+    touched: bool | Tensor = field(init=False)
+
+    def prepare(self, call: Call) -> None:
+        """Cut the part out of the call and apply its input edits."""
+        inputs = [edit for edit in self.edits if isinstance(edit, InputEdit)]
+        alone = bool(inputs) or not _whole_key_groups(self.heads, call.groups)
+        self.call = call.simplified().take(self.heads, expand=alone)
+        for edit in inputs:
+            self.call = edit.change(self.call)
+        self.edits = [edit for edit in self.edits if not isinstance(edit, InputEdit)]
+        self.touched = True if inputs else False
+        for edit in self.edits:
+            self.touched = _either(self.touched, edit.rows(call))
+
+    def run(self) -> Tensor:
+        """`[b t n e]` outputs of the part's heads."""
+        if any(isinstance(edit, RowEdit) for edit in self.edits):
+            blocks = []
+            for index in _blocks(self.call.q.shape[2]):
+                weights = self.weights(index)
+                b, n, r, s = weights.shape
+                kv = self.call.v.shape[1]
+                value = self.call.v.to(weights.dtype)
+                blocks.append((weights.reshape(b, kv, -1, s) @ value).view(b, n, r, -1))
+            out = torch.cat(blocks, 2) if blocks else self.call.attend()[0]
+            return out.to(self.call.q.dtype).transpose(1, 2)
+        groups = [edit for edit in self.edits if isinstance(edit, GroupEdit)]
+        bias = key_bias(self.call, groups)
+        if groups and bias is None:
+            return split_and_merge(self.call, groups).transpose(1, 2)
+        out, lse = self.call.attend(bias=bias)
+        return _share_with_sinks(out, lse, self.call).transpose(1, 2)
+
+    def weights(self, index: slice | Tensor, columns: int | None = None) -> Tensor:
+        """`[b n r s]` the final weights of some rows."""
+        weights = plain_rows(self.call, index, columns)
+        for edit in self.edits:
+            if isinstance(edit, GroupEdit):
+                weights = _where(edit, self.call, index, regroup_rows(self.call, edit, weights), weights)
+            elif isinstance(edit, RowEdit):
+                weights = _where(edit, self.call, index, edit.change(weights, Rows(self.call, index, columns)), weights)
+        return weights
+
+
+def attend(
+    call: Call,
+    edits: Sequence[BoundEdit] = (),
+    probes: Sequence[Probe] = (),
+    plain: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """Attention `[b t h e]` under edits, read by probes.
+
+    plain: the implementation that the model would have used, `-> [b t h e]`; it computes every head that no edit
+    names. None means fused attention.
+    """
+    place = (call.tower, call.layer)
+    active = [(b.edit, b.heads[place]) for b in edits if b.heads.get(place)]
+    active = [(edit, heads) for edit, heads in active if edit.rows(call) is not False]
+    weight_edits = [(edit, heads) for edit, heads in active if not isinstance(edit, OutputEdit)]
+    parts = _parts(weight_edits, call)
+    out = _plain(call, probes, plain, parts)
+    for part in parts:
+        new = part.run().to(out.dtype)
+        if part.touched is not True:
+            new = torch.where(part.touched[..., None, None], new, out[:, :, part.heads])
+        out = new if len(part.heads) == out.shape[2] else out.index_copy(2, _index(part.heads, out), new)
+    for edit, heads in active:
+        if isinstance(edit, OutputEdit):
+            out = _edit_output(edit, heads, out, call)
+    if probes:
+        _read(call, parts, probes)
+    return out
+
+
+def plain_rows(call: Call, index: slice | Tensor, columns: int | None = None) -> Tensor:
+    """`[b h r s]` the weights of some rows as the model forms them; rows that see nothing are 0."""
+    scores = call.scores(index, columns)
+    lse = scores.logsumexp(-1, keepdim=True)
+    if call.sinks is not None:
+        lse = torch.logaddexp(lse, call.sinks.to(lse.dtype)[None, :, None, None])
+    return (scores - lse.masked_fill(torch.isneginf(lse), 0)).exp()
+
+
+def final_rows(call: Call, parts: Sequence[Part], index: slice | Tensor, columns: int | None = None) -> Tensor:
+    """`[b h r s]` the weights of some rows after all edits on weights."""
+    if len(parts) == 1 and len(parts[0].heads) == call.q.shape[1]:
+        return parts[0].weights(index, columns)
+    weights = plain_rows(call, index, columns)
+    for part in parts:
+        weights = weights.index_copy(1, _index(part.heads, weights), part.weights(index, columns))
+    return weights
+
+
+def _parts(edits: list[tuple[Edit, list[int]]], call: Call) -> list[Part]:
+    """Sort heads by the edits that name them."""
+    by_edits: dict[tuple[int, ...], list[int]] = {}
+    for head in range(call.q.shape[1]):
+        named = tuple(i for i, (_, heads) in enumerate(edits) if call.heads[head] in heads)
+        if named:
+            by_edits.setdefault(named, []).append(head)
+    parts = [Part(heads, [edits[i][0] for i in named]) for named, heads in by_edits.items()]
+    for part in parts:
+        part.prepare(call)
+    return parts
+
+
+def _plain(call: Call, probes: Sequence[Probe], plain: Callable[[], Tensor] | None, parts: list[Part]) -> Tensor:
+    """The outputs before any edit. Where every head and row is edited they are not needed, and not computed."""
+    replaced = {head for part in parts if part.touched is True for head in part.heads}
+    if len(replaced) == call.q.shape[1]:
+        b, h, t, _ = call.q.shape
+        return call.q.new_empty(b, t, h, call.v.shape[-1])
+    wants_lse = any(probe.reads_weights for probe in probes)
+    if plain is not None and not (wants_lse and getattr(plain, "is_fused", False)):
+        return plain()
+    # The fused operator gives the same bits as the plain implementation, and the log-sum-exp with them.
+    out, lse = call.attend()
+    call.memo["lse"] = lse
+    return _share_with_sinks(out, lse, call).transpose(1, 2)
+
+
+def _read(call: Call, parts: list[Part], probes: Sequence[Probe]) -> None:
+    call = call.simplified()
+    after = Reading(call, (lambda i, n: final_rows(call, parts, i, n)) if parts else None)
+    before = Reading(call) if parts else after
+    for reading, early in ((after, False), (before, True)):
+        chosen = [probe for probe in probes if probe.before_edits == early and probe.reads_weights]
+        if not chosen:
+            continue
+        differentiable = any(probe.differentiable for probe in chosen)
+        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+            reading.feed(chosen)
+
+
+def _edit_output(edit: OutputEdit, heads: list[int], out: Tensor, call: Call) -> Tensor:
+    positions = [call.heads.index(head) for head in heads]
+    everything = positions == list(range(out.shape[2]))
+    named = out if everything else out[:, :, positions]
+    view = call if everything else _Named(call, heads)
+    new = edit.change(named, view)  # pyright: ignore[reportArgumentType]
+    rows = edit.rows(call)
+    if rows is not True:
+        new = torch.where(rows[..., None, None], new, named)
+    return new if everything else out.index_copy(2, _index(positions, out), new.to(out.dtype))
+
+
+class _Named:
+    """A call seen by an output edit: the same, with only the named heads."""
+
+    def __init__(self, call: Call, heads: list[int]):
+        self._call, self.heads = call, heads
+
+    def __getattr__(self, name: str):
+        return getattr(self._call, name)
+
+
+def _where(edit: Edit, call: Call, index: slice | Tensor, new: Tensor, old: Tensor) -> Tensor:
+    rows = edit.rows(call)
+    return new if rows is True else torch.where(rows[:, None, index, None], new, old)
+
+
+def _share_with_sinks(out: Tensor, lse: Tensor, call: Call) -> Tensor:
+    """Give the learned sink column its share of every row."""
+    if call.sinks is None:
+        return out
+    return out * torch.sigmoid(lse - call.sinks.to(lse.dtype)[None, :, None])[..., None].to(out.dtype)
+
+
+def _whole_key_groups(heads: list[int], groups: int) -> bool:
+    if groups == 1:
+        return True
+    wanted = [g * groups + i for g in sorted({h // groups for h in heads}) for i in range(groups)]
+    return heads == wanted
+
+
+def _either(a: bool | Tensor, b: bool | Tensor) -> bool | Tensor:
+    if a is True or b is True:
+        return True
+    if a is False:
+        return b
+    return a if b is False else a | b
+
+
+def _index(heads: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(heads, device=like.device)
+
+
+def _blocks(t: int) -> list[slice]:
+    return [slice(start, min(start + ROWS_PER_BLOCK, t)) for start in range(0, t, ROWS_PER_BLOCK)]

@@ -1,0 +1,142 @@
+"""Edits on key groups without rows of weights: split the keys into atoms, merge by log-sum-exp.
+
+The groups that edits name cut the keys into *atoms* (keys that belong to the same groups) and the rest. Attention over
+each atom gives an output and a log-sum-exp; an edit is then arithmetic on a few log-masses per row. Nothing is ever
+subtracted, so it is exact at every mass and in bf16.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headwise.attend.call import Call
+from headwise.attend.edits import GroupEdit
+
+__all__ = ["key_bias", "regroup_rows", "split_and_merge"]
+
+SMALL = 64  # up to so many keys an atom is cheaper by a direct product than by a second fused call
+LARGEST_FOLDED_BIAS = 80.0  # beyond it a float32 score would lose digits; such constants are merged instead
+
+
+@dataclass
+class Atom:
+    """Keys `[b, s]` that belong to the same groups. columns: `[b, g]` where they are few; real: which of those count."""
+
+    keys: Tensor
+    columns: Tensor | None
+    real: Tensor | None
+
+
+def key_bias(call: Call, edits: Sequence[GroupEdit]) -> Tensor | None:
+    """The edits as one bias `[b|1, h|1, 1, s]` on the scores, where that is all they are; otherwise None.
+
+    None too without edits.
+    """
+    total = None
+    for edit in edits:
+        constants = edit.constant(call)
+        if constants is None or edit.rows(call) is not True:
+            return None
+        for group, constant in zip(edit.key_groups(), constants, strict=True):
+            if not bool((constant.abs() <= LARGEST_FOLDED_BIAS).all()):
+                return None
+            inside = call.columns(group.members(call.key_step))
+            one = constant[:1] if bool((constant == constant[0]).all()) else constant
+            bias = inside[:, None, None].to(one.dtype) * one[None, :, None, None]
+            total = bias if total is None else total + bias
+    if total is None:
+        return None
+    dense = call.mask is not None and call.mask.shape[2] > 1
+    # A dense mask and a bias that differs from head to head would make a mask per head: merging is cheaper.
+    return None if dense and total.shape[1] > 1 else total
+
+
+def split_and_merge(call: Call, edits: Sequence[GroupEdit]) -> Tensor:
+    """`[b h t e]` attention under edits on key groups."""
+    atoms, inside, rest = _atoms(call, edits)
+    outs, lses = zip(*[_attend_atom(call, atom) for atom in atoms], call.attend(only=rest), strict=True)
+    log_mass = torch.stack([*lses, *_sink_column(call, lses[0])], -1)
+    log_mass = _reweigh(log_mass, inside, edits, call)
+    mass = log_mass.exp()
+    out = torch.zeros((), dtype=mass.dtype, device=mass.device)
+    for i, part in enumerate(outs):
+        out = out + mass[..., i, None] * part
+    return out.to(call.q.dtype)
+
+
+def regroup_rows(call: Call, edit: GroupEdit, weights: Tensor) -> Tensor:
+    """The same edit on rows of weights `[b h r s]`: for probes, and for heads whose rows are formed anyway."""
+    atoms, inside, rest = _atoms(call, [edit])
+    keys = torch.stack([*(atom.keys for atom in atoms), rest], 1)[..., : weights.shape[-1]]  # b a s
+    mass = torch.einsum("bhrs,bas->bhra", weights, keys.to(weights.dtype))
+    columns = [mass.log()]
+    if call.sinks is not None:
+        columns.append((1 - weights.sum(-1, keepdim=True)).clamp_min(0).log())
+    old = torch.cat(columns, -1)
+    new = _reweigh(old, inside, [edit], call, every_row=True)
+    change = torch.where(torch.isneginf(old), 0.0, new - old).exp()[..., : keys.shape[1]]
+    return weights * torch.einsum("bhra,bas->bhrs", change, keys.to(weights.dtype))
+
+
+def _reweigh(log_mass: Tensor, inside: Tensor, edits: Sequence[GroupEdit], call: Call, every_row=False) -> Tensor:
+    """Normalise, apply the edits in order to the rows that they touch; rows that see nothing keep masses of 0."""
+    width = log_mass.shape[-1]
+    blind = torch.isneginf(log_mass.amax(-1, keepdim=True))
+    safe = torch.where(blind, 0.0, log_mass)
+    total = safe.logsumexp(-1, keepdim=True)
+    mass = safe - total if not every_row else safe
+    first = 0
+    for edit in edits:
+        count = len(edit.key_groups())
+        member = torch.zeros(count, width, dtype=torch.bool, device=log_mass.device)
+        member[:, : inside.shape[1]] = inside[first : first + count]
+        first += count
+        new = edit.reweigh(mass, member, call)
+        rows = edit.rows(call)
+        mass = new if rows is True or every_row else torch.where(rows[:, None, :, None], new, mass)
+    return torch.where(blind, -torch.inf, mass)
+
+
+def _atoms(call: Call, edits: Sequence[GroupEdit]) -> tuple[list[Atom], Tensor, Tensor]:
+    """Atoms, which groups they belong to `[g, a]`, and the columns `[b, s]` of the rest. Once per forward."""
+    groups = tuple(group for edit in edits for group in edit.key_groups())
+    step, s = call.key_step, call.k.shape[2]
+    return step.once(("atoms", groups, s), lambda: _cut(call, groups))
+
+
+def _cut(call: Call, groups) -> tuple[list[Atom], Tensor, Tensor]:
+    members = torch.stack([call.columns(group.members(call.key_step)) for group in groups])  # g b s
+    codes = (members.long() << torch.arange(len(groups), device=members.device)[:, None, None]).sum(0)
+    present = [code for code in codes.unique().tolist() if code]
+    atoms = []
+    for code in present:
+        keys = codes == code
+        most = int(keys.sum(-1).max())
+        if most <= SMALL:
+            order = keys.int().sort(dim=-1, descending=True, stable=True).indices[:, :most]
+            atoms.append(Atom(keys, order, keys.gather(1, order)))
+        else:
+            atoms.append(Atom(keys, None, None))
+    inside = torch.tensor([[bool(code >> g & 1) for code in present] for g in range(len(groups))])
+    return atoms, inside.view(len(groups), len(present)).to(members.device), codes == 0
+
+
+def _attend_atom(call: Call, atom: Atom) -> tuple[Tensor, Tensor]:
+    if atom.columns is None or atom.real is None:
+        return call.attend(only=atom.keys)
+    b, h, t, _ = call.q.shape
+    scores = call.scores(slice(None), atom.columns).masked_fill(~atom.real[:, None, None], -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.masked_fill(torch.isneginf(lse), 0)[..., None]).exp()
+    value = call.v.gather(2, atom.columns[:, None, :, None].expand(-1, call.v.shape[1], -1, call.v.shape[3]))
+    out = weights.reshape(b, call.k.shape[1], call.groups * t, -1) @ value.to(weights.dtype)
+    return out.view(b, h, t, -1), lse
+
+
+def _sink_column(call: Call, like: Tensor) -> list[Tensor]:
+    """The learned sink column, an atom that carries no value and belongs to no group."""
+    if call.sinks is None:
+        return []
+    return [call.sinks.to(like.dtype)[None, :, None].expand_as(like)]

@@ -1,0 +1,421 @@
+"""Probes and edits on a model object: `steer`, `attach`, `probe`.
+
+A session exists while anything is attached to a model. It belongs to the model, not to a thread: every call of that
+model is read and edited, from whichever thread it comes, and no other model is.
+"""
+
+import contextlib
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headwise.attend.addresses import Head, Layout, select_heads
+from headwise.attend.call import Call
+from headwise.attend.edits import Edit
+from headwise.attend.machine import BoundEdit, attend
+from headwise.attend.read import Probe, Reading
+from headwise.attend.step import Step
+from headwise.errors import UnsupportedModel
+from headwise.hf import dispatch
+from headwise.hf.addresses import attention_modules, head_weights, layout, output_projection, tower_kinds
+from headwise.hf.steps import StepTracker, find_stacks
+
+__all__ = ["Handle", "attach", "probe", "steer"]
+
+Scores = Callable[[str], dict[Head, float | None]]
+
+_sessions: "weakref.WeakKeyDictionary[nn.Module, Session]" = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class _Context:
+    """What one `steer` or `probe` brought."""
+
+    edits: list[BoundEdit]
+    probes: list[Probe]
+
+
+class Handle:
+    """What `attach` returns: `remove()` undoes it, once."""
+
+    def __init__(self, session: "Session", context: _Context):
+        self._session, self._context = session, context
+
+    def remove(self) -> None:
+        """Take the probes and edits off the model. Removing twice does nothing."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.close(self._context)
+
+
+def attach(
+    model: nn.Module, *edits: Edit | Probe, scores: Scores | None = None, layout: Layout | None = None
+) -> Handle:
+    """Attach edits and probes to a model until `handle.remove()`.
+
+    scores: gives the scores of a probe by name, for selections such as "top:sink:20".
+    Raises UnsupportedModel for a model that cannot be steered, ValueError for heads that it does not have, RuntimeError
+    when another thread has its own edits on this model.
+    """
+    with dispatch.LOCK:
+        session = _sessions.get(model)
+        if session is None:
+            session = Session(model)
+        context = session.bind(edits, scores)
+        session.open(context)
+    return Handle(session, context)
+
+
+@contextlib.contextmanager
+def steer(model: nn.Module, *edits: Edit, scores: Scores | None = None) -> Iterator[Handle]:
+    """Change how a model attends inside a `with` block; everything is undone at its end.
+
+    Edits apply in the order given, those of outer blocks first. A cache that was filled inside the block keeps the
+    edits' effect on its keys and values.
+    """
+    handle = attach(model, *edits, scores=scores)
+    try:
+        yield handle
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def probe(model: nn.Module, *probes: Probe) -> Iterator[tuple[Probe, ...]]:
+    """Read attention inside a `with` block. The model's outputs stay the same bit for bit."""
+    handle = attach(model, *probes)
+    try:
+        yield probes
+    finally:
+        handle.remove()
+
+
+class Session:
+    """Everything attached to one model."""
+
+    def __init__(self, model: nn.Module):
+        if getattr(model, "_tp_size", None) not in (None, 1):
+            raise UnsupportedModel(
+                f"{type(model).__name__}: tensor-parallel models are not supported yet; load it on one device, or "
+                "with device_map"
+            )
+        self.model = model
+        self.places = attention_modules(model)
+        self.layout = layout(model)
+        self.kinds = tower_kinds(model)
+        self.contexts: list[_Context] = []
+        self.owner = 0
+        self._thread = threading.local()
+        self._latest: dict[str, StepTracker] = {}
+        self._hooks: list[Any] = []
+        self._configs: list[Any] = []
+        self._warned = False
+
+    # Opening and closing
+
+    def bind(self, items: Sequence[Edit | Probe], scores: Scores | None) -> _Context:
+        """Resolve the heads of edits. Nothing has changed if it raises."""
+        edits, probes = [], []
+        for item in items:
+            if isinstance(item, Probe):
+                probes.append(item)
+                continue
+            if not isinstance(item, Edit):
+                raise TypeError(f"steer: {item!r} is {type(item).__name__}; give edits (headwise.steering, .attend)")
+            for edit in item.primitives():
+                if edit.neutral:
+                    continue
+                heads: dict[tuple[str, int], list[int]] = {}
+                for head in select_heads(edit.heads, self.layout, scores=scores):
+                    heads.setdefault((head.tower, head.layer), []).append(head.head)
+                edits.append(BoundEdit(edit, {place: sorted(named) for place, named in heads.items()}))
+        return _Context(edits, probes)
+
+    def open(self, context: _Context) -> None:
+        thread = threading.get_ident()
+        if self.contexts and self.owner != thread and context.edits and any(c.edits for c in self.contexts):
+            raise RuntimeError(
+                "steer: this model already has edits from another thread, and they would mix; steer it from one "
+                "thread, or give each thread a model of its own"
+            )
+        if not self.contexts:
+            self._install()
+        self.owner = thread
+        self.contexts.append(context)
+
+    def close(self, context: _Context) -> None:
+        with dispatch.LOCK:
+            self.contexts = [c for c in self.contexts if c is not context]
+            if not self.contexts:
+                self._uninstall()
+
+    def _install(self) -> None:
+        try:
+            for config in {id(m.config): m.config for m in self.places}.values():
+                dispatch.switch(config)
+                self._configs.append(config)
+            for module in self.places:
+                dispatch._handlers[id(module)] = self.handle
+            stacks = find_stacks(self.model, self.places)
+            if not any(stack is self.model for stack in stacks.values()):
+                self._hooks.append(self.model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
+            towers: dict[nn.Module, list[str]] = {}
+            for tower, stack in stacks.items():
+                towers.setdefault(stack, []).append(tower)
+            for stack, names in towers.items():
+                hook = self._enter_stack(stack, names)
+                self._hooks.append(stack.register_forward_pre_hook(hook, with_kwargs=True))
+            for module in self.places:
+                projection = output_projection(module)
+                self._hooks.append(projection.register_forward_hook(self._mixed(module, projection)))
+            _sessions[self.model] = self
+        except BaseException:
+            self._uninstall()
+            raise
+
+    def _uninstall(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for module in self.places:
+            dispatch._handlers.pop(id(module), None)
+        for config in self._configs:
+            dispatch.restore(config)
+        self._hooks, self._configs = [], []
+        self._latest.clear()
+        _sessions.pop(self.model, None)
+
+    # Following the sequence
+
+    def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = dict(kwargs)
+        if args and isinstance(args[0], Tensor) and not args[0].is_floating_point():
+            given.setdefault("input_ids", args[0])
+        self._thread.outer = given
+
+    def _enter_stack(self, stack: nn.Module, towers: list[str]):
+        image_token = None
+        if "" in towers:
+            config = self.model.config
+            image_token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            trackers = self._trackers()
+            for tower in towers:
+                if tower not in trackers:
+                    trackers[tower] = StepTracker(stack, image_token)
+                trackers[tower].begin(args, kwargs, getattr(self._thread, "outer", {}))
+                self._latest[tower] = trackers[tower]
+
+        return hook
+
+    def _trackers(self) -> dict[str, StepTracker]:
+        if not hasattr(self._thread, "trackers"):
+            self._thread.trackers = {}
+        return self._thread.trackers
+
+    def step(self, tower: str) -> Step | None:
+        """The forward that a tower is in. Backward passes recompute in threads of their own, hence the latest."""
+        tracker = self._trackers().get(tower) or self._latest.get(tower)
+        return tracker.step if tracker else None
+
+    # The calls
+
+    def handle(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        *,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One attention call of one of this model's modules."""
+        tower, layer = self.places[module]
+        edits = [b for c in self.contexts for b in c.edits if b.heads.get((tower, layer))]
+        replayed = torch._C._current_graph_task_id() != -1
+        probes = [] if replayed else [p for c in self.contexts for p in c.probes]
+        weights_probes = [p for p in probes if p.reads_weights]
+        previous = dispatch.previous_function(module)
+        plain = _Plain(previous, module, query, key, value, attention_mask, scaling, dropout, kwargs)
+        step = self.step(tower)
+        wants_weights = bool(kwargs.get("output_attentions") or (step is not None and step.wants_weights))
+        if not edits and not probes and not wants_weights:
+            return previous(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        if dropout and (weights_probes or any(not _acts_on_output(b) for b in edits)):
+            raise ValueError(
+                f"attention dropout is {dropout} and the model is in training mode: weights would not be those that "
+                "the model used; call model.eval() or set attention_dropout to 0"
+            )
+        if kwargs.get("cache") is not None:
+            raise UnsupportedModel("continuous batching is not supported; call generate or the model itself")
+        call = self._call(module, tower, layer, query, key, value, attention_mask, scaling, kwargs)
+        plain.check_fused(call)
+        self._refuse_moved_rows(call, edits)
+        self._thread.call = (module, call)
+        out = attend(call, edits, weights_probes, plain)
+        weights = plain.weights
+        if wants_weights and (edits or weights is None):
+            weights = self._all_weights(call, edits)
+        return out, weights
+
+    def _call(self, module, tower, layer, query, key, value, mask, scaling, kwargs) -> Call:
+        t = query.shape[2]
+        is_causal = kwargs.get("is_causal")
+        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if mask is not None and not isinstance(mask, Tensor):
+            raise UnsupportedModel(
+                f"{type(module).__name__}: masks of type {type(mask).__name__} cannot be read; load the model with "
+                'attn_implementation="sdpa" or "eager"'
+            )
+        causal = mask is None and bool(is_causal) and t > 1
+        if causal and key.shape[2] > t:  # an empty static cache: the model attends to its first t columns
+            key, value = key[:, :, :t], value[:, :, :t]
+        if mask is not None and mask.ndim == 2:  # flash implementations keep the padding mask
+            mask, causal = mask[:, None, None].bool(), bool(is_causal) and t > 1
+        elif mask is not None and mask.shape[-1] > key.shape[2]:
+            mask = mask[..., : key.shape[2]]
+        bias = kwargs.get("position_bias")
+        if bias is not None:
+            mask, causal = _with_bias(bias, mask, causal), False
+        sinks = kwargs.get("s_aux")
+        key_step = self.step("encoder") if self.kinds.get(tower) == "cross" else None
+        step = self.step(tower)
+        if step is not None and (step.real.shape[0] != query.shape[0] or step.total < t):
+            step = None
+        if key_step is not None and key_step.total != key.shape[2]:
+            key_step = None
+        if self.kinds.get(tower) != "cross":
+            key_step = step
+        elif key_step is None:
+            key_step = Step.of(key.shape[0], key.shape[2], key.device)
+        return Call(
+            query,
+            key,
+            value,
+            mask=mask,
+            causal=causal,
+            scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+            softcap=kwargs.get("softcap"),
+            sinks=sinks,
+            tower=tower,
+            layer=layer,
+            kind=self.kinds.get(tower, "causal"),
+            step=step,  # pyright: ignore[reportArgumentType]
+            key_step=key_step,  # pyright: ignore[reportArgumentType]
+        )
+
+    def _refuse_moved_rows(self, call: Call, edits: list[BoundEdit]) -> None:
+        """Beam search hands a row's cache to another row; groups of generated tokens would then be wrong."""
+        if not any(group.uses_generated for b in edits for group in b.edit.key_groups()):
+            return
+        marks = self._trackers().setdefault("marks", {})  # pyright: ignore[reportArgumentType]
+        place, key = (call.tower, call.layer), call.k[:, 0]
+        old = marks.get(place)  # pyright: ignore[reportAttributeAccessIssue]
+        if call.step.generating and old is not None and key.shape[1] > 1 and key.shape[1] == call.step.total:
+            if old.shape == key[:, -2].shape and not torch.equal(old, key[:, -2]):
+                raise UnsupportedModel(
+                    "beam search moved rows of the cache, and an edit names a group of generated tokens; use a group "
+                    "of the prompt, or num_beams=1"
+                )
+        marks[place] = key[:, call.step.total - 1 if key.shape[1] > call.step.total else -1].clone()  # pyright: ignore
+
+    def _all_weights(self, call: Call, edits: list[BoundEdit]) -> Tensor:
+        b, h, t, s = *call.q.shape[:3], call.k.shape[2]
+        if not self._warned:
+            self._warned = True
+            size = b * h * t * s * call.q.element_size() * len(self.places) / 2**20
+            warnings.warn(f"output_attentions=True keeps about {size:.0f} MiB of weights", stacklevel=2)
+        kept = _Keep()
+        attend(call, edits, [kept])
+        return torch.cat(kept.rows, 2).to(call.q.dtype)
+
+    def _mixed(self, module: nn.Module, projection: nn.Module):
+        """A hook on the projection that mixes heads: outputs reach probes as the projection receives them."""
+
+        def hook(_: nn.Module, args: tuple, mixed: Tensor) -> None:
+            probes = [p for c in self.contexts for p in c.probes if p.reads_outputs]
+            seen, call = getattr(self._thread, "call", (None, None))
+            if not probes or seen is not module or call is None or torch._C._current_graph_task_id() != -1:
+                return
+            z = args[0].detach()
+            mixed = (mixed[0] if isinstance(mixed, tuple) else mixed).detach()
+            rows = z.numel() // (call.q.shape[0] * call.q.shape[1] * call.v.shape[3])
+            z = z.reshape(call.q.shape[0], rows, call.q.shape[1], call.v.shape[3])
+            if rows != call.q.shape[2]:  # the layer called attention once per image or window
+                blank = call.q.new_empty(call.q.shape[0], call.q.shape[1], rows, call.q.shape[3])
+                call = replace(call, q=blank, k=blank, v=blank, mask=None, step=None, key_step=None, memo={})
+            reading = Reading(call)
+            reading.state["projection"] = head_weights(module)
+            with torch.no_grad():
+                for p in probes:
+                    p.output(z, mixed.reshape(z.shape[0], rows, -1), reading)
+
+        return hook
+
+
+class _Keep(Probe):
+    """Keeps whole rows, for output_attentions."""
+
+    def __init__(self):
+        super().__init__(differentiable=True)
+        self.rows: list[Tensor] = []
+
+    def block(self, reading, block) -> None:
+        pad = reading.call.k.shape[2] - block.weights.shape[-1]
+        self.rows.append(torch.nn.functional.pad(block.weights, (0, pad)))
+
+
+class _Plain:
+    """The call that the model would have made; `is_fused` where our fused operator gives the same bits."""
+
+    def __init__(self, function, module, query, key, value, mask, scaling, dropout, kwargs):
+        self.function, self.module = function, module
+        self.arguments = (query, key, value, mask)
+        self.options = {"scaling": scaling, "dropout": dropout, **kwargs}
+        self.weights: Tensor | None = None
+        self.is_fused = False
+
+    def check_fused(self, call: Call) -> None:
+        query, key, value, mask = self.arguments
+        self.is_fused = (
+            dispatch.previous_name(self.module.config) == "sdpa"
+            and query.device.type == "cpu"
+            and query.shape[-1] == value.shape[-1]
+            # A single row with grouped keys is folded differently there, and may differ in the last bit.
+            and query.shape[2] > 1
+            and (mask is None or mask.dtype == torch.bool)
+            and self.options.get("position_bias") is None
+            and not torch.is_grad_enabled()
+            and not self.options["dropout"]
+        )
+
+    def __call__(self) -> Tensor:
+        out, self.weights = self.function(self.module, *self.arguments, **self.options)
+        return out
+
+
+def _acts_on_output(bound: BoundEdit) -> bool:
+    from headwise.attend.edits import OutputEdit
+
+    return isinstance(bound.edit, OutputEdit)
+
+
+def _with_bias(bias: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Join a position bias and a mask of any kind into one additive mask."""
+    if mask is None:
+        if not causal:
+            return bias
+        t, s = bias.shape[-2:]
+        mask = torch.ones(t, s, dtype=torch.bool, device=bias.device).tril()[None, None]
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, -torch.inf)
+    return bias + mask

@@ -1,0 +1,111 @@
+"""Filling in a `Step` at every forward, from hooks on the model and on its stacks of layers."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headwise.attend.step import Step
+
+__all__ = ["StepTracker", "find_stacks"]
+
+
+def find_stacks(model: nn.Module, places: dict[nn.Module, tuple[str, int]]) -> dict[str, nn.Module]:
+    """For each tower, the smallest module that takes its tokens and holds all its attention modules.
+
+    Towers that take no tokens (vision, audio) have none.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    by_name = dict(model.named_modules())
+    stacks = {}
+    for tower in dict.fromkeys(tower for tower, _ in places.values()):
+        paths = [names[module].split(".") for module, (of, _) in places.items() if of == tower]
+        family = {tower, "decoder", "cross"} if tower in ("decoder", "cross") else {tower}
+        depth = 0
+        while all(len(path) > depth and path[depth] == paths[0][depth] for path in paths):
+            depth += 1
+        for length in range(depth, -1, -1):
+            stack = by_name[".".join(paths[0][:length])]
+            if any(of not in family and _contains(stack, module) for module, (of, _) in places.items()):
+                break
+            if "input_ids" in inspect.signature(stack.forward).parameters:
+                stacks[tower] = stack
+                break
+    return stacks
+
+
+def _contains(parent: nn.Module, child: nn.Module) -> bool:
+    return any(module is child for module in parent.modules())
+
+
+class StepTracker:
+    """Follows the sequence that one stack of one model is working on, in one thread."""
+
+    def __init__(self, stack: nn.Module, image_token: int | None):
+        self.signature = inspect.signature(stack.forward)
+        self.image_token = image_token
+        self.step: Step | None = None
+
+    def begin(self, args: tuple, kwargs: dict[str, Any], outer: dict[str, Any]) -> Step | None:
+        """The step of a forward with these arguments. outer: those of the whole model, which may hold the ids."""
+        given = self.signature.bind_partial(*args, **kwargs).arguments
+        given = given | given.pop("kwargs", {})
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        tokens = ids if ids is not None else embeds
+        if tokens is None:
+            self.step = None
+            return None
+        batch, length = tokens.shape[:2]
+        if ids is None:
+            ids = outer.get("input_ids")
+            if ids is None or ids.shape != (batch, length):
+                ids = torch.full((batch, length), -1, device=tokens.device)
+        cache = given.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        real = _real(given.get("attention_mask"), outer.get("attention_mask"), batch, past + length)
+        self.step = self._extend(ids, real, past)
+        self.step.wants_weights = bool(given.get("output_attentions") or outer.get("output_attentions"))
+        return self.step
+
+    def _extend(self, ids: Tensor, real: Tensor | None, past: int) -> Step:
+        batch, length = ids.shape
+        old = self.step
+        known = old is not None and past > 0 and old.total == past and old.ids.shape[0] == batch
+        if past and old is not None and old.generating and past < old.total:
+            raise RuntimeError(
+                f"the cache went back from {old.total} to {past} tokens while headwise was active: assisted decoding "
+                "and contrastive search are not supported; generate without them, or after leaving the context"
+            )
+        device = ids.device
+        before_ids = old.ids if known else torch.full((batch, past), -1, device=device)
+        before_real = old.real if known else torch.ones(batch, past, dtype=torch.bool, device=device)
+        before_prompt = old.prompt if known else torch.ones(batch, past, dtype=torch.bool, device=device)
+        if real is None:
+            real = torch.cat([before_real, torch.ones_like(ids, dtype=torch.bool)], 1)
+        prompt = torch.full_like(ids, past == 0 or length > 1, dtype=torch.bool)
+        step = Step(
+            ids=torch.cat([before_ids, ids], 1),
+            real=real.to(device),
+            prompt=torch.cat([before_prompt, prompt], 1),
+            past=past,
+            length=length,
+        )
+        if self.image_token is not None:
+            step.images = (step.ids == self.image_token) & step.prompt
+        return step
+
+
+def _real(mask: Any, outer: Any, batch: int, total: int) -> Tensor | None:
+    """`[b, total]` which tokens are real, from whatever mask was given; None where it does not say."""
+    for candidate in (mask, outer):
+        if isinstance(candidate, dict):
+            candidate = next((m for m in candidate.values() if isinstance(m, Tensor)), None)
+        if not isinstance(candidate, Tensor) or candidate.shape[0] != batch:
+            continue
+        if candidate.ndim == 2 and candidate.shape[1] >= total:
+            return candidate[:, :total].bool()
+        if candidate.ndim == 4 and candidate.shape[-1] >= total and candidate.shape[-2] > 1:
+            shown = candidate if candidate.dtype == torch.bool else candidate > torch.finfo(candidate.dtype).min / 2
+            return shown.any(1).any(1)[:, :total]  # a token that no row may see is padding
+    return None
