@@ -8,4 +8,10 @@ from headwise._lazy import top_level
 
 __version__ = "0.1.0"
 
-__getattr__, __dir__ = top_level(__name__, __path__, api="api", always=["__version__"])
+__getattr__, __dir__ = top_level(
+    __name__,
+    __path__,
+    api="api",
+    also={"catalogue": "headwise.papers.recorded", "reproduce": "headwise.papers.running"},
+    always=["__version__"],
+)

@@ -6,7 +6,7 @@ The lists are read by parsing, without importing, so that adding a module edits 
 
 import ast
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -91,18 +91,27 @@ def area(package: str, path: Iterable[str]) -> tuple[Callable[[str], Any], Calla
 
 
 def top_level(
-    package: str, path: Iterable[str], *, api: str, always: Iterable[str]
+    package: str, path: Iterable[str], *, api: str, also: Mapping[str, str], always: Iterable[str]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """As `area`, for the top package: its areas, and only the names of the module ``api``."""
+    """As `area`, for the top package: its areas, the names of the module ``api``, and a few more.
+
+    also: name -> module of functions that belong at the top but live in a layer above ``api``.
+    """
     folder = Path(next(iter(path)))
 
-    def exports() -> list[str]:
+    def exports() -> dict[str, str]:
         source = folder / f"{api}.py"
-        names = read_exports(source) if source.exists() else []
-        clash = sorted(set(names) & set(module_names(folder)))
+        owners = dict(also)
+        for name in read_exports(source) if source.exists() else []:
+            if name in owners:
+                raise ValueError(
+                    f"{package}: {name!r} is exported by {owners[name]} and by {package}.{api}; rename one"
+                )
+            owners[name] = f"{package}.{api}"
+        clash = sorted(set(owners) & set(module_names(folder)))
         if clash:
             raise ValueError(f"{package}.{api}: {', '.join(clash)} is also a module of {package}; rename the function")
-        return names
+        return owners
 
     def __getattr__(name: str) -> Any:
         if name == "__all__":
@@ -110,8 +119,9 @@ def top_level(
         if not name.startswith("_"):
             if name in module_names(folder):
                 return importlib.import_module(f"{package}.{name}")
-            if name in exports():
-                return getattr(importlib.import_module(f"{package}.{api}"), name)
+            owner = exports().get(name)
+            if owner is not None:
+                return getattr(importlib.import_module(owner), name)
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:

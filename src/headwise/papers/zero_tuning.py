@@ -1,0 +1,172 @@
+"""Scale the attention that every query gives to the first token, head by head.
+
+Method: headwise/steering/zero_tuning.py. The first token is a sink, so the lever is long.
+"""
+
+from headwise.papers.record import Claim, Paper
+
+PAPER = Paper(
+    slug="zero-tuning",
+    title="ZeroTuning: Unlocking the Initial Token's Power to Enhance Large Language Models Without Training",
+    authors="Han, Yu, Tang, Rao, Du, Ungar",
+    year=2025,
+    venue="ICLR 2026",
+    arxiv="2505.11739",
+    repository="FeijiangHan/ZeroTuning",
+    area="steering",
+    modules=("headwise.steering.zero_tuning",),
+    specimens=("tasks", "text"),
+    missing="its run",
+    claims=(
+        Claim(
+            id="control-point",
+            kind="claim",
+            claim=(
+                "In this paper, we uncover a surprising and elegant alternative: the semantically empty initial "
+                "token is a powerful and underexplored control point for optimizing model behavior."
+            ),
+            criterion=(
+                "in a model with a sink (mean weight of the first token above 0.3), the size of the change of "
+                "loss per log gamma, averaged over heads, is at least 3 times that of scaling one random other "
+                "token by the same factor; the 95 % interval over texts of the ratio excludes 3"
+            ),
+            control="one random other token per text (20 draws); a model without a sink, printed beside it",
+        ),
+        Claim(
+            id="sharpens",
+            kind="claim",
+            claim=(
+                "Through theoretical analysis, we show that tuning the initial token's attention sharpens or "
+                "flattens the attention distribution over subsequent tokens, and its role as an attention sink "
+                "amplifies this effect."
+            ),
+            paper_figure="differences of two weights change by (1 - gamma) a_0 / (1 + (gamma - 1) a_0) (derivation)",
+            criterion=(
+                "on every row of a trained model the differences between later weights follow the formula to "
+                "1e-5, grow for gamma < 1 and shrink for gamma > 1, and over heads the relative change rises "
+                "with the sink weight (rank correlation 0.99 or more)"
+            ),
+            control=(
+                "the later weights renormalised among themselves do not change at all: sharpening is of their "
+                "size, not of their shape"
+            ),
+        ),
+        Claim(
+            id="better-token",
+            kind="claim",
+            claim=(
+                "Empirically, we find that: (1) tuning its attention improves LLM performance more effectively "
+                "than tuning other task-specific tokens;"
+            ),
+            criterion=(
+                "with gamma chosen on a calibration split from the same grid, scaling the first token lowers "
+                "the held-out loss more than scaling any single task-specific group (question, options, source "
+                "span) does; the 95 % paired interval over prompts excludes 0 against the best of them"
+            ),
+            control="each task-specific group with its own best gamma; a random token with its own best gamma",
+        ),
+        Claim(
+            id="layers",
+            kind="claim",
+            claim=(
+                "(2) the effect follows a consistent trend across layers, with earlier layers having greater impact,"
+            ),
+            paper_figure="layers 1-10 and 11-21 matter more than 22-31 on Llama-3.1-8B (figure of the paper)",
+            criterion=(
+                "scaling the first token in one layer at a time, the largest change of held-out loss over the "
+                "grid falls from layer to layer in every model with three or more layers (rank correlation with "
+                "depth below -0.5 and the first half of the layers above the second)"
+            ),
+            control="the same for a random other token",
+        ),
+        Claim(
+            id="heads",
+            kind="claim",
+            claim=(
+                "but varies across attention heads, with different heads showing distinct preferences in how "
+                "they attend to this token."
+            ),
+            paper_figure="up-effective and down-effective heads (figure of the paper)",
+            criterion=(
+                "some heads lower the loss with gamma > 1 and raise it with gamma < 1, and others the reverse: "
+                "at least one of each after Holm's correction over all heads (sign-flip test over prompts, "
+                "0.05), on held-out prompts"
+            ),
+            control="the same count with the sign of each prompt's effect shuffled",
+        ),
+        Claim(
+            id="improves",
+            kind="claim",
+            claim=(
+                "Based on these findings, we propose ZeroTuning, a training-free approach that improves LLM "
+                "performance by applying head-specific attention adjustments to this special token."
+            ),
+            paper_figure="Llama-3.1-8B, classification: 59.59 to 71.44 on average (a reading note of the paper)",
+            criterion=(
+                "gamma on the heads chosen on a calibration split raises held-out accuracy over the plain model "
+                "and over one common gamma for all heads; both 95 % paired intervals over prompts exclude 0"
+            ),
+            control="as many layer-matched random heads with their own best gamma",
+        ),
+        Claim(
+            id="tasks",
+            kind="untestable",
+            claim=(
+                "Despite tuning only one token, ZeroTuning achieves higher performance on text classification, "
+                "multiple-choice, and multi-turn conversation tasks across models such as Llama, Qwen, and "
+                "DeepSeek."
+            ),
+            paper_figure="Llama-3.1-8B, Qwen-2-7B 55.10 to 68.19, DeepSeek-R1-14B 67.67 to 71.87 (a reading note)",
+            criterion=(
+                "needs instruction-tuned models of 7B and more and a judge of conversations; the row `improves` "
+                "tests the gain on the tasks that the shipped models know"
+            ),
+        ),
+        Claim(
+            id="figures",
+            kind="untestable",
+            claim=(
+                "For example, ZeroTuning improves Llama-3.1-8B by 11.71% on classification, 2.64% on QA tasks, "
+                "and raises its multi-turn score from 7.804 to 7.966."
+            ),
+            paper_figure="11.71 %, 2.64 %, 7.804 to 7.966 (abstract)",
+            criterion=(
+                "needs Llama-3.1-8B, which cannot be run here; in the authors' notebook 153 of 500 plain SST-2 "
+                "answers do not parse, and accuracy among those that do falls from 91.6 to 89.0 %"
+            ),
+        ),
+        Claim(
+            id="robust",
+            kind="untestable",
+            claim=(
+                "The method is also robust to limited resources, few-shot settings, long contexts, "
+                "quantization, decoding strategies, and prompt variations."
+            ),
+            criterion=(
+                "few-shot prompts, prompt variations and long contexts mean nothing to models of this size; "
+                "without them the sentence is not tested by its other parts"
+            ),
+        ),
+        Claim(
+            id="bias-form",
+            kind="check",
+            claim="Scaling the weight and renormalising is the same as adding log gamma to the logit.",
+            criterion=(
+                "on a trained model, edited outputs differ from materialised weights that were scaled and "
+                "renormalised by less than 1e-5 relative; gamma 1 is bit-identical to the plain model"
+            ),
+        ),
+        Claim(
+            id="composition",
+            kind="check",
+            claim="Two factors in a row are their product.",
+            criterion="gamma 2 then gamma 0.75 and gamma 1.5 give logits within 1e-5 relative",
+        ),
+        Claim(
+            id="entropy",
+            kind="check",
+            claim="The entropy of a row follows from its new first weight: H = H_b(a_0') + (1 - a_0') H_tail.",
+            criterion="holds to 1e-5 nats on every row of a trained model for gamma 0.3, 1.6 and 4",
+        ),
+    ),
+)
