@@ -64,7 +64,7 @@ class Family:
         """The main tower is a causal text decoder without an encoder."""
         return self.generates and self.kind in ("decoder", "multimodal")
 
-    def build(self, seed: int = 0) -> PreTrainedModel:
+    def build(self, seed: int = 0) -> Any:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = self.make()
@@ -77,7 +77,7 @@ class Family:
         return model.float().eval()
 
     def inputs(
-        self, model: PreTrainedModel, batch: int = 2, length: int = 12, padding: Padding = None, seed: int = 0
+        self, model: Any, batch: int = 2, length: int = 12, padding: Padding = None, seed: int = 0
     ) -> dict[str, Tensor]:
         """Keyword arguments of the forward. With padding, row i has 2 i + 1 padded positions (row 0: one)."""
         generator = torch.Generator().manual_seed(seed)
@@ -224,7 +224,9 @@ def dual(name: str, prefix: str, **facts: Any) -> Family:
     def make() -> PreTrainedModel:
         return getattr(hf, f"{prefix}Model")(getattr(hf, f"{prefix}Config")(**both))
 
-    return Family(name, "dual", make, {"text": ((4, 4), (4, 4)), "vision": ((4, 4), (4, 4))}, {}, **facts)
+    towers = {tower: ((4, 4), (4, 4)) for tower in ("text", "vision")}
+    causal = {"text": facts.pop("text"), "vision": "bidirectional"}
+    return Family(name, "dual", make, towers, causal, **facts)
 
 
 def multimodal(name: str, model: str, config: str, options: dict[str, Any], **facts: Any) -> Family:
@@ -362,8 +364,8 @@ _ALL = [
     encoder_decoder("whisper", "speech", "WhisperForConditionalGeneration", "WhisperConfig", SPEECH),
     vision("vit", "ViTForImageClassification", "ViTConfig", VISION, proved=True),
     vision("dinov2", "Dinov2Model", "Dinov2Config", {**VISION, "mlp_ratio": 2}, proved=True),
-    dual("clip", "CLIP"),
-    dual("siglip", "Siglip"),
+    dual("clip", "CLIP", text="causal"),
+    dual("siglip", "Siglip", text="bidirectional"),
     multimodal(
         "llava", "LlavaForConditionalGeneration", "LlavaConfig",
         {"text_config": {**GROUPED, "model_type": "llama"}, "vision_config": CLIP_VISION, "image_token_index": IMAGE,

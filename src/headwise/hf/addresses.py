@@ -1,0 +1,448 @@
+"""Where the heads of a transformers model are: attention modules, towers, layers, output projections.
+
+An attention module is one whose class looks up ``ALL_ATTENTION_FUNCTIONS`` when it runs; that is read off its compiled
+code, so no list of architectures is kept. Modules are told apart by identity, never by ``layer_idx``, which is missing,
+None or ambiguous in many families.
+"""
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from headwise.attend.addresses import Head, Layout, Tower
+from headwise.errors import UnsupportedModel
+
+__all__ = [
+    "AttentionShape",
+    "HeadRecord",
+    "attention_modules",
+    "attention_shape",
+    "head_writes",
+    "heads_of",
+    "layout",
+    "output_projection",
+    "projection_bias",
+    "tower_kinds",
+    "unwrap",
+]
+
+TowerKind = Literal["causal", "bidirectional", "cross"]
+
+# Attributes that hold a number of query heads, on the module or else on its config, in the order of trust.
+QUERY_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+CONFIG_HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads", "decoder_attention_heads")
+KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
+VALUE_DIM = ("v_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim")
+CROSS = re.compile(r"cross|enc_?dec|encoder_(decoder_)?att", re.IGNORECASE)
+CAUSAL_MASKS = {"create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask"}
+OTHER_MASKS = {"create_bidirectional_mask", "create_bidirectional_sliding_window_mask"}
+# The text decoder comes before what feeds it; anything else follows in the order of the model.
+TOWER_ORDER = ("", "decoder", "text", "encoder", "cross")
+
+
+class AttentionShape(NamedTuple):
+    """Query heads, key heads and the width of one head's output."""
+
+    heads: int
+    kv_heads: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
+class HeadRecord:
+    """One head and the module it belongs to."""
+
+    head: Head
+    module: nn.Module
+    path: str
+
+
+class _Found(NamedTuple):
+    module: nn.Module
+    path: str
+    tower: str
+    layer: int
+    layers: int
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside compiled, data-parallel and PEFT wrappers.
+
+    Raises UnsupportedModel when there is none, or when it only wraps a network of another library.
+    """
+    inner: Any = model
+    while not isinstance(inner, PreTrainedModel):
+        if isinstance(inner, nn.Module) and isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+            inner = inner._orig_mod
+        elif isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = inner.module
+        elif isinstance(inner, nn.Module) and callable(getattr(inner, "get_base_model", None)):
+            inner = getattr(inner, "get_base_model")()  # noqa: B009, PEFT is not installed for everybody
+        else:
+            raise UnsupportedModel(
+                f"model: {type(inner).__name__} is not a transformers model; headwise reaches attention through "
+                "transformers' attention interface, load the network with a transformers class such as "
+                "AutoModelForCausalLM, ViTModel or Dinov2Model"
+            )
+    return inner
+
+
+def attention_modules(model: nn.Module) -> dict[nn.Module, tuple[str, int]]:
+    """Every attention module -> (tower, layer), in the order of the model.
+
+    Raises UnsupportedModel when the model does not go through transformers' attention interface.
+    """
+    return {found.module: (found.tower, found.layer) for found in _find(model)}
+
+
+def layout(model: nn.Module) -> Layout:
+    """Query and key heads per layer of every tower, main tower first. Layers without attention have 0 heads."""
+    towers: dict[str, list[_Found]] = {}
+    for found in _find(model):
+        towers.setdefault(found.tower, []).append(found)
+    order = sorted(towers, key=lambda name: TOWER_ORDER.index(name) if name in TOWER_ORDER else len(TOWER_ORDER))
+    made = []
+    for name in order:
+        heads, keys = [0] * towers[name][0].layers, [0] * towers[name][0].layers
+        for found in towers[name]:
+            shape = attention_shape(found.module)
+            heads[found.layer], keys[found.layer] = shape.heads, shape.kv_heads
+        made.append(Tower(name, tuple(heads), tuple(keys)))
+    return Layout(tuple(made))
+
+
+def heads_of(model: nn.Module) -> list[HeadRecord]:
+    """Every head of every tower with the path of its module, main tower first.
+
+    >>> [f"{record.head} {record.path}" for record in heads_of(model)][0]  # doctest: +SKIP
+    '0.0 model.layers.0.self_attn'
+    """
+    places = {(found.tower, found.layer): found for found in _find(model)}
+    return [
+        HeadRecord(head, places[head.tower, head.layer].module, places[head.tower, head.layer].path)
+        for head in layout(model).heads("*")
+    ]
+
+
+def tower_kinds(model: nn.Module) -> dict[str, TowerKind]:
+    """Tower -> whether its rows see only the past ("causal"), everything, or another sequence ("cross")."""
+    inner = unwrap(model)
+    kinds: dict[str, TowerKind] = {}
+    for found in _find(inner):
+        if found.tower in kinds:
+            continue
+        if _is_cross(found.path, found.module):
+            kinds[found.tower] = "cross"
+        else:
+            kinds[found.tower] = "causal" if _is_causal(inner, found) else "bidirectional"
+    return kinds
+
+
+def attention_shape(module: nn.Module) -> AttentionShape:
+    """Heads, key heads and value width of an attention module, from its attributes, its config and its projections.
+
+    Raises UnsupportedModel when they cannot be told.
+    """
+    heads = _first_int(module, QUERY_HEADS) or _first_int(getattr(module, "config", None), CONFIG_HEADS)
+    if not heads:
+        raise UnsupportedModel(
+            f"{type(module).__name__}: the number of heads cannot be told from its attributes or its config; "
+            "headwise looks for num_heads, num_attention_heads, n_heads and n_head"
+        )
+    groups = _first_int(module, ("num_key_value_groups",))
+    kv_heads = _first_int(module, KEY_HEADS) or (heads // groups if groups else heads)
+    value_dim = _first_int(module, VALUE_DIM)
+    if not value_dim:
+        projection = _projection_or_none(module)
+        width = _features(projection)[0] if projection is not None else _hidden_size(module)
+        value_dim = width // heads
+    return AttentionShape(heads, kv_heads, value_dim)
+
+
+def output_projection(module: nn.Module, model: nn.Module | None = None) -> nn.Module:
+    """The linear map that mixes the heads of an attention module; its input is the heads' outputs side by side.
+
+    model: needed where the map lives beside the attention module instead of inside it (BERT and its relatives).
+    Raises UnsupportedModel when there is no such map or its width is not heads times value width.
+    """
+    shape = attention_shape(module)
+    wanted = shape.heads * shape.value_dim
+    projection = _projection_or_none(module)
+    if projection is None and model is not None:
+        projection = _projection_beside(module, unwrap(model), wanted)
+    if projection is None or _features(projection)[0] != wanted:
+        came = "none was found" if projection is None else f"one of width {_features(projection)[0]} was found"
+        raise UnsupportedModel(
+            f"{type(module).__name__}: {came} where a projection from {shape.heads} heads of width {shape.value_dim} "
+            f"({wanted} features) is expected"
+            + ("; give the model too, the projection may live beside the module" if model is None else "")
+        )
+    return projection
+
+
+def head_writes(projection: nn.Module, heads: int) -> Float[Tensor, "h e c"]:
+    """The slice of an output projection that belongs to each head: head h writes ``z[..., h, :] @ head_writes[h]``.
+
+    The projection's bias belongs to no head (`projection_bias`).
+    """
+    width = _features(projection)[0]
+    weight = getattr(projection, "weight", None)
+    if type(projection) is nn.Linear:
+        matrix = projection.weight.T
+    elif type(projection).__name__ == "Conv1D" and isinstance(weight, Tensor):
+        matrix = weight  # stored inputs first
+    else:  # quantised, adapted, parallel: whatever it is, it is linear, so its action on a basis is its matrix
+        basis = torch.eye(width, dtype=_compute_dtype(projection), device=_device(projection))
+        matrix = projection(basis) - projection(torch.zeros_like(basis[:1]))
+    return matrix.reshape(heads, width // heads, -1)
+
+
+def projection_bias(projection: nn.Module) -> Float[Tensor, " c"]:
+    """What an output projection adds whatever the heads do; zeros when it has no bias."""
+    zeros = torch.zeros(1, _features(projection)[0], dtype=_compute_dtype(projection), device=_device(projection))
+    return projection(zeros)[0]
+
+
+# --- finding --------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _uses_interface(cls: type) -> bool:
+    """Whether a method of the class, as it is compiled, looks up the attention interface."""
+    for name in dir(cls):
+        function = inspect.unwrap(getattr(cls, name)) if callable(getattr(cls, name, None)) else None
+        code = getattr(function, "__code__", None)
+        if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and "get_interface" in code.co_names:
+            return True
+    return False
+
+
+def _find(model: nn.Module) -> list[_Found]:
+    inner = unwrap(model)
+    paths = [(path, module) for path, module in inner.named_modules() if _dispatches(module)]
+    if not paths:
+        raise UnsupportedModel(_refusal(inner))
+    for path, _ in paths:
+        for owner in _owners(inner, path):
+            if not type(owner)._can_set_attn_implementation():
+                raise UnsupportedModel(_refusal(owner))
+    names = [_tower_name(inner, path, module) for path, module in paths]
+    if len(set(names)) == 1:
+        names = [""] * len(names)
+    found = []
+    for tower in dict.fromkeys(names):
+        members = [place for place, name in zip(paths, names, strict=True) if name == tower]
+        numbers, layers = _number([path for path, _ in members], inner)
+        found += [
+            _Found(module, path, tower, layer, layers) for (path, module), layer in zip(members, numbers, strict=True)
+        ]
+    position = {id(module): index for index, (_, module) in enumerate(paths)}
+    return sorted(found, key=lambda item: position[id(item.module)])
+
+
+def _dispatches(module: nn.Module) -> bool:
+    return not isinstance(module, PreTrainedModel) and _uses_interface(type(module))
+
+
+def _refusal(model: PreTrainedModel) -> str:
+    name = type(model).__name__
+    if "timm" in type(model).__module__.lower() or any(
+        type(part).__module__.split(".")[0] == "timm" for part in model.modules()
+    ):
+        return (
+            f"model: {name} holds a timm network, which does not go through transformers' attention interface; "
+            "load the same weights with a transformers class such as ViTModel or Dinov2Model"
+        )
+    return (
+        f"model: {name} does not go through transformers' attention interface, so its heads can be neither read nor "
+        "edited; use a class that does (Llama, Mistral, Qwen, Gemma, GPT-2, GPT-NeoX, OPT, BERT, T5, ViT, CLIP, ...), "
+        "or a newer transformers release in which it does"
+    )
+
+
+def _owners(model: PreTrainedModel, path: str) -> Iterator[PreTrainedModel]:
+    """The transformers models around a module, innermost first."""
+    parts = path.split(".")
+    for end in range(len(parts) - 1, -1, -1):
+        owner = model.get_submodule(".".join(parts[:end]))
+        if isinstance(owner, PreTrainedModel):
+            yield owner
+
+
+def _subconfigs(config: Any, role: str = "") -> Iterator[tuple[Any, str]]:
+    """Configs of parts of a model with the role that their key names, innermost first."""
+    for key in getattr(config, "sub_configs", None) or {}:
+        part = getattr(config, key, None)
+        if part is not None and part is not config:
+            name = _role(key) if role in ("", "text") else role
+            yield from _subconfigs(part, name)
+            yield part, name
+
+
+def _role(key: str) -> str:
+    key = key.removesuffix("_config").removesuffix("config").strip("_").lower()
+    for role, marks in {
+        "vision": ("vision", "visual", "image", "vit"),
+        "audio": ("audio", "speech"),
+        "text": ("text", "llm", "language", "thinker", "lm"),
+    }.items():
+        if any(mark in key for mark in marks):
+            return role
+    return re.sub(r"[^a-z0-9-]+", "-", key) or "text"
+
+
+def _tower_name(model: PreTrainedModel, path: str, module: nn.Module) -> str:
+    roles = {id(config): role for config, role in _subconfigs(model.config)}
+    configs = [getattr(module, "config", None), *(owner.config for owner in _owners(model, path))]
+    role = next((roles[id(config)] for config in configs if id(config) in roles), "")
+    if role and role not in ("text", "encoder", "decoder"):
+        return role
+    if _is_cross(path, module):
+        return "cross"
+    side = role if role in ("encoder", "decoder") else _side(model, path)
+    if side:
+        return side
+    if role == "text" and not _is_main_text(model, module):
+        return "text"
+    return ""
+
+
+def _side(model: PreTrainedModel, path: str) -> str:
+    """Encoder or decoder of an encoder-decoder, by the part of the model that holds the module."""
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return ""
+    sides = [part for part in path.split(".") if part in ("encoder", "decoder")]
+    return sides[0] if sides else ""
+
+
+def _is_main_text(model: PreTrainedModel, module: nn.Module) -> bool:
+    """The text tower of a model that writes text, as against that of a model that compares pictures and captions."""
+    return type(model).can_generate() or getattr(module, "is_causal", False) is True
+
+
+def _is_cross(path: str, module: nn.Module) -> bool:
+    if getattr(module, "is_cross_attention", None) is True:
+        return True
+    return bool(CROSS.search(path.rsplit(".", 1)[-1]) or re.search("Cross", type(module).__name__))
+
+
+def _is_causal(model: PreTrainedModel, found: _Found) -> bool:
+    if getattr(found.module, "is_causal", False) is True:
+        return True
+    for owner in _owners(model, found.path):  # CLIP's text tower says so only in the mask that it builds
+        code = getattr(inspect.unwrap(type(owner).forward), "__code__", None)
+        masks = set(code.co_names if code else ()) & (CAUSAL_MASKS | OTHER_MASKS)
+        if masks:
+            return masks <= CAUSAL_MASKS
+    return False
+
+
+def _number(paths: list[str], model: PreTrainedModel) -> tuple[list[int], int]:
+    """Layer of each module of a tower, and the number of layers.
+
+    The layer is the index in the outermost list that holds all modules of the tower, one to an entry, so that hybrid
+    models count the layers without attention; where there is no such list it is the order.
+    """
+    lists = [_list_indices(path, model) for path in paths]
+    for holder in lists[0]:
+        if all(holder in entry for entry in lists):
+            numbers = [entry[holder] for entry in lists]
+            if len(set(numbers)) == len(numbers):
+                container = model.get_submodule(holder)
+                count = len(container) if isinstance(container, nn.ModuleList | nn.Sequential) else 0
+                return numbers, count
+    return list(range(len(paths))), len(paths)
+
+
+def _list_indices(path: str, model: PreTrainedModel) -> dict[str, int]:
+    """Path of every module list around a module -> the module's index in it, outermost first."""
+    parts = path.split(".")
+    return {
+        ".".join(parts[:end]): int(parts[end])
+        for end in range(len(parts))
+        if parts[end].isdigit() and isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList)
+    }
+
+
+# --- projections ----------------------------------------------------------------------------------------------------
+
+
+def _first_int(owner: Any, names: tuple[str, ...]) -> int:
+    for name in names:
+        value = getattr(owner, name, None)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return 0
+
+
+def _hidden_size(module: nn.Module) -> int:
+    for child in module.modules():
+        if _features(child)[0]:
+            return _features(child)[0]
+    return 0
+
+
+def _features(module: nn.Module | None) -> tuple[int, int]:
+    """Input and output width of a linear map of any make; (0, 0) for anything else."""
+    width, out = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(width, int) and isinstance(out, int):
+        return width, out
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
+        return weight.shape[0], weight.shape[1]
+    return 0, 0
+
+
+def _projection_or_none(module: nn.Module) -> nn.Module | None:
+    """The last linear child that the module's code names: what it applies after attention.
+
+    None when that is one of the maps before attention, as where the projection lives beside the module.
+    """
+    children = dict(module.named_children())
+    for cls in type(module).__mro__:
+        forward = vars(cls).get("forward")
+        code = getattr(inspect.unwrap(forward), "__code__", None) if forward is not None else None
+        if code is None:
+            continue
+        linear = [name for name in code.co_names if name in children and _features(children[name])[0]]
+        if linear and not _is_input_map(linear[-1]):
+            return children[linear[-1]]
+        return None
+    return None
+
+
+def _is_input_map(name: str) -> bool:
+    """Names of the maps that make queries, keys and values (``q``, ``k_proj``, ``value``, ``qkv``, ``Wqkv``)."""
+    return bool(re.fullmatch(r"(w?[qkv]{1,3}|query|key|value|query_key_value)(_proj|_lin|_linear)?", name.lower()))
+
+
+def _projection_beside(module: nn.Module, model: PreTrainedModel, width: int) -> nn.Module | None:
+    """The first linear map of the right width registered after the module in the block that holds it."""
+    path = next((path for path, other in model.named_modules() if other is module), "")
+    if not path:
+        return None
+    block = model.get_submodule(path.rpartition(".")[0])
+    passed = False
+    for child in block.children():
+        if passed:
+            for part in child.modules():
+                if _features(part)[0] == width:
+                    return part
+        passed = passed or child is module
+    return None
+
+
+def _compute_dtype(projection: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in projection.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
+def _device(projection: nn.Module) -> torch.device:
+    return next((p.device for p in projection.parameters()), torch.device("cpu"))
