@@ -66,9 +66,9 @@ def attention_blockwise(
     factor = d**-0.5 if scale is None else scale
     dtype = torch.promote_types(q.dtype, torch.float32)
     q_, k_, v_ = q.to(dtype), k.to(dtype), v.to(dtype)
-    if t == 0 or s == 0:
+    if 0 in (b, t, s):
         # Products over an empty axis are zeros that still belong to the graph.
-        out = (q_.reshape(b, n, -1, d) @ k_.mT @ v_).view(b, h, t, e)
+        out = (q_.reshape(b, n, h // n * t, d) @ k_.mT @ v_).view(b, h, t, e)
         return out.to(q.dtype), torch.full((b, h, t), -torch.inf, dtype=dtype, device=q.device)
     outs, lses = [], []
     blocks = _blocks(q, k)

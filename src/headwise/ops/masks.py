@@ -96,11 +96,11 @@ def decompose(mask: Tensor) -> Bool[Tensor, "b 1 1 s"] | None:
     """The key mask of a square boolean mask that is causal and hides padding, or None for any other mask.
 
     The causal flag with the key mask gives bit-identical results, at the cost of no mask at all. Looks at the values:
-    one synchronisation per mask object on a GPU.
+    one synchronisation per mask object on a GPU, and None where there are none to look at (meta, while compiling).
     """
     if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != mask.shape[3]:
         return None
-    if mask.shape[2] == 0 or mask.is_meta:
+    if mask.shape[2] == 0 or mask.is_meta or torch.compiler.is_compiling():
         return None
 
     def answer() -> Tensor | None:
