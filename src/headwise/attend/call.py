@@ -146,6 +146,40 @@ class Call:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         return self.masked(scores, rows, columns)
 
+    def log_weights(self, rows: slice | Tensor, columns: int) -> Tensor:
+        """`[b h r columns]` log of the weights of rows over the first columns; very negative (finite) where masked.
+
+        The hot loop of every probe that reads whole rows: scale and log-sum-exp ride on the matrix product, and of a
+        causal mask only the square on the diagonal is written.
+        """
+        lse = self.lse.masked_fill(torch.isneginf(self.lse), 0)
+        plain = self.softcap is None and isinstance(rows, slice) and not torch.is_grad_enabled()
+        if not plain:
+            return (self.scores(rows, columns) - lse[:, :, rows, None]).clamp_min(_NEVER)
+        b, h, _, d = self.q.shape
+        n = self.k.shape[1]
+        queries = self.q[:, :, rows].to(self.work_dtype)
+        r = queries.shape[2]
+        out = torch.baddbmm(
+            -lse[:, :, rows].reshape(b * n, -1, 1),
+            queries.reshape(b * n, -1, d),
+            self.keys[:, :, :columns].reshape(b * n, columns, d).mT,
+            alpha=self.scale,
+        ).view(b, h, r, columns)
+        if self.mask is not None:
+            mask = self.mask[:, :, rows] if self.mask.shape[2] > 1 else self.mask
+            mask = mask[..., :columns]
+            if mask.dtype == torch.bool:
+                out.masked_fill_(~mask, _NEVER)
+            else:
+                out.add_(mask).clamp_min_(_NEVER)
+        if self.causal:
+            start = rows.start if isinstance(rows, slice) and rows.start else 0
+            corner = out[..., start:]
+            later = torch.ones(r, corner.shape[-1], dtype=torch.bool, device=out.device).triu_(1)
+            corner.masked_fill_(later, _NEVER)
+        return out
+
     def masked(self, scores: Tensor, rows: slice | Tensor, columns: Tensor | int | None = None) -> Tensor:
         """Add the mask of these rows (and columns) to scores."""
         mask = self.mask
@@ -156,10 +190,7 @@ class Call:
             elif columns is not None and mask.shape[3] > 1:
                 index = columns[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
                 mask = mask.expand(columns.shape[0], -1, -1, -1).gather(3, index)
-            if mask.dtype == torch.bool:
-                scores = scores.masked_fill(~mask, -torch.inf)
-            else:
-                scores = scores + mask
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         if self.causal:
             row = torch.arange(self.q.shape[2], device=scores.device)[rows][:, None]
             if isinstance(columns, Tensor):
@@ -208,6 +239,7 @@ class Call:
 
 
 _EXCLUDED = -3e4
+_NEVER = -1e4  # exp is 0, and 0 * _NEVER is 0 where 0 * -inf is nan
 
 
 def _add(mask: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:

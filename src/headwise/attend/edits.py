@@ -1,15 +1,11 @@
 """Primitive edits: the few ways in which attention can be changed while a model runs.
 
-Every edit names heads (None: all of the main tower), the rows that it touches (`when`) and its neutral setting, at
-which it is the identity bit for bit. Edits act in three stages, each in the order given: on the inputs of a head
-(`InputEdit`), on its weights (`GroupEdit` through the masses of key groups, `RowEdit` on whole rows), on its output
-(`OutputEdit`). Methods in `headwise.steering` are made of these. To write your own, subclass one of the four.
+Methods in `headwise.steering` are made of these.
 """
 
-import json
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -17,137 +13,20 @@ from torch import Tensor
 
 from headwise.attend.addresses import Head
 from headwise.attend.call import Call
-from headwise.attend.groups import KeyGroup, key_group
-from headwise.attend.step import Step
+from headwise.attend.edit import Edit, GroupEdit, InputEdit, OutputEdit, RowEdit, Rows
+from headwise.attend.groups import KeyGroup
 
 __all__ = [
     "Ablate",
     "BiasGroup",
-    "Edit",
+    "EditRows",
     "ForceRows",
-    "GroupEdit",
-    "InputEdit",
-    "OutputEdit",
     "PerturbScores",
     "ProjectHead",
     "ReplaceHeads",
-    "RowEdit",
-    "EditRows",
-    "Rows",
     "ScaleGroup",
     "ScaleHeads",
-    "load_edits",
-    "save_edits",
 ]
-
-Heads = str | Iterable[Head | str] | None
-When = Literal["all", "prompt", "generated"] | Callable[[Step], Tensor]
-
-
-@dataclass(kw_only=True)
-class Edit:
-    """What all edits share.
-
-    heads: a selection ("3.*,top:sink:4"), heads, or None for every head of the main tower.
-    when: "all" rows, rows of the "prompt", rows of "generated" tokens, or a function from the `Step` to a boolean
-        `[b, t]` over the rows of this forward.
-    """
-
-    heads: Heads = None
-    when: When = "all"
-
-    def __post_init__(self):
-        if not callable(self.when) and self.when not in ("all", "prompt", "generated"):
-            raise ValueError(
-                f"{type(self).__name__}: when is {self.when!r}; choose all, prompt, generated or a function"
-            )
-
-    @property
-    def neutral(self) -> bool:
-        """True where this edit changes nothing; it is then skipped altogether."""
-        return False
-
-    def primitives(self) -> tuple["Edit", ...]:
-        """The edits that do the work: an edit by itself, a method the primitives that it is made of."""
-        return (self,)
-
-    def key_groups(self) -> tuple[KeyGroup, ...]:
-        """The key groups that this edit names."""
-        return ()
-
-    def rows(self, call: Call) -> bool | Tensor:
-        """Which rows of a call are touched: all (True), none (False), or a boolean `[b, t]`."""
-        if callable(self.when):
-            return self.when(call.step)
-        return self.when == "all" or (self.when == "generated") == call.step.generating
-
-    def to_json(self) -> dict:
-        """A document from which `load_edits` makes the same edit."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {"edit": type(self).__name__, **{name: _encode(name, value) for name, value in values.items()}}
-
-
-class InputEdit(Edit):
-    """Changes what a head computes its attention from."""
-
-    def change(self, call: Call) -> Call:
-        """Return the call with other q, k, v or mask. Every head of the call is named, and has keys of its own."""
-        raise NotImplementedError
-
-
-class OutputEdit(Edit):
-    """Changes the output of a head, before the output projection mixes heads."""
-
-    def change(self, out: Tensor, call: Call) -> Tensor:
-        """`[b t h e]` of the named heads (numbered by `call.heads`) to the same shape."""
-        raise NotImplementedError
-
-
-class GroupEdit(Edit):
-    """Changes the masses of key groups; what lies inside a group, and inside the rest, keeps its proportions."""
-
-    def constant(self, call: Call) -> list[Tensor] | None:
-        """For each group a `[h]` constant added to its scores, if that is all this edit does; otherwise None."""
-        return None
-
-    def reweigh(self, log_mass: Tensor, inside: Tensor, call: Call) -> Tensor:
-        """New log-masses of the atoms of a row.
-
-        log_mass: `[b h t a]`; exponentials sum to 1, the last atoms being the rest and the sink column.
-        inside: `[g, a]` boolean, which atoms make up each of this edit's groups.
-        """
-        raise NotImplementedError
-
-
-class RowEdit(Edit):
-    """Changes whole rows of weights: they are formed block by block, for the named heads only."""
-
-    def change(self, weights: Tensor, rows: "Rows") -> Tensor:
-        """`[b h r s]` float32 weights of the named heads to the same shape."""
-        raise NotImplementedError
-
-
-@dataclass
-class Rows:
-    """The rows that a `RowEdit` is shown: `index` `[r]` of the call's rows, and the call itself."""
-
-    call: Call
-    index: slice | Tensor
-    columns: int | None = None
-
-    @property
-    def visible(self) -> Tensor:
-        """Boolean, broadcastable to `[b h r s]`: the keys that a row may see."""
-        s = self.call.k.shape[2] if self.columns is None else self.columns
-        row = torch.arange(self.call.q.shape[2], device=self.call.q.device)[self.index]
-        zero = torch.zeros(1, 1, len(row), s, device=self.call.q.device)
-        shown = self.call.masked(zero, self.index, s)
-        return shown > torch.finfo(torch.float32).min / 2
-
-    @property
-    def positions(self) -> Tensor:
-        """`[r]` absolute positions of the rows; columns start at `call.key_offset`."""
-        return torch.arange(self.call.q.shape[2], device=self.call.q.device)[self.index] + self.call.row_offset
 
 
 @dataclass
@@ -528,56 +407,3 @@ class EditRows(RowEdit):
         if new.shape != weights.shape:
             raise ValueError(f"EditRows: the function returned {tuple(new.shape)} for weights {tuple(weights.shape)}")
         return new
-
-
-def _encode(name: str, value: object) -> object:
-    """One field of an edit as JSON. Raises ValueError for what cannot be written down (functions, other runs)."""
-    if isinstance(value, KeyGroup):
-        return value.to_json()
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, Head):
-        return str(value)
-    if isinstance(value, dict):
-        return {str(key): _encode(name, item) for key, item in value.items()}
-    if isinstance(value, float) and math.isinf(value):
-        return str(value)
-    if value is None or isinstance(value, (str, int, float, bool)):
-        return value
-    if isinstance(value, Iterable):
-        return [_encode(name, item) for item in value]
-    raise ValueError(f"save_edits: {name} is {type(value).__name__}, which JSON cannot hold")
-
-
-def _decode(name: str, value: object) -> object:
-    if name == "group" and isinstance(value, dict):
-        return key_group(**{k: tuple(map(tuple, v)) if k == "ranges" else v for k, v in value.items()})
-    if value in ("inf", "-inf"):
-        return float(str(value))
-    if isinstance(value, dict):
-        return {Head.parse(head): _decode("", item) for head, item in value.items()}
-    if name != "heads" and isinstance(value, list):
-        return torch.tensor(value)
-    return value
-
-
-def save_edits(edits: Iterable[Edit], path: str) -> None:
-    """Write edits as JSON. Raises ValueError for edits that hold functions or another run's outputs."""
-    text = json.dumps({"schema": 1, "edits": [edit.to_json() for edit in edits]}, indent=2)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-
-
-def load_edits(path: str, known: dict[str, Callable[..., Edit]] | None = None) -> list[Edit]:
-    """Read edits written by `save_edits`. known: further classes by name (methods of `headwise.steering`)."""
-    classes = {name: value for name, value in globals().items() if isinstance(value, type) and issubclass(value, Edit)}
-    classes |= known or {}
-    with open(path, encoding="utf-8") as file:
-        document = json.load(file)
-    edits = []
-    for entry in document["edits"]:
-        name = entry.pop("edit")
-        if name not in classes:
-            raise ValueError(f"load_edits: edit {name!r} is unknown; known are {', '.join(sorted(classes))}")
-        edits.append(classes[name](**{key: _decode(key, value) for key, value in entry.items()}))
-    return edits

@@ -9,18 +9,21 @@ Factors and replacements of outputs come last.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from headwise.attend.call import Call
-from headwise.attend.edits import Edit, GroupEdit, InputEdit, OutputEdit, RowEdit, Rows
+from headwise.attend.edit import Edit, GroupEdit, InputEdit, OutputEdit, RowEdit, Rows
 from headwise.attend.merge import key_bias, regroup_rows, split_and_merge
 from headwise.attend.read import Probe, Reading
 
 __all__ = ["BoundEdit", "attend"]
 
 ROWS_PER_BLOCK = 128
+
+Touched = Literal[True] | Literal[False] | Tensor
 
 
 @dataclass
@@ -38,7 +41,7 @@ class Part:
     heads: list[int]
     edits: list[Edit]
     call: Call = field(init=False)
-    touched: bool | Tensor = field(init=False)
+    touched: Touched = field(init=False)
 
     def prepare(self, call: Call) -> None:
         """Cut the part out of the call and apply its input edits."""
@@ -48,7 +51,7 @@ class Part:
         for edit in inputs:
             self.call = edit.change(self.call)
         self.edits = [edit for edit in self.edits if not isinstance(edit, InputEdit)]
-        self.touched = True if inputs else False
+        self.touched = bool(inputs)
         for edit in self.edits:
             self.touched = _either(self.touched, edit.rows(call))
 
@@ -101,7 +104,7 @@ def attend(
     out = _plain(call, probes, plain, parts)
     for part in parts:
         new = part.run().to(out.dtype)
-        if part.touched is not True:
+        if isinstance(part.touched, Tensor):
             new = torch.where(part.touched[..., None, None], new, out[:, :, part.heads])
         out = new if len(part.heads) == out.shape[2] else out.index_copy(2, _index(part.heads, out), new)
     for edit, heads in active:
@@ -179,7 +182,7 @@ def _edit_output(edit: OutputEdit, heads: list[int], out: Tensor, call: Call) ->
     view = call if everything else _Named(call, heads)
     new = edit.change(named, view)  # pyright: ignore[reportArgumentType]
     rows = edit.rows(call)
-    if rows is not True:
+    if isinstance(rows, Tensor):
         new = torch.where(rows[..., None, None], new, named)
     return new if everything else out.index_copy(2, _index(positions, out), new.to(out.dtype))
 
@@ -196,7 +199,7 @@ class _Named:
 
 def _where(edit: Edit, call: Call, index: slice | Tensor, new: Tensor, old: Tensor) -> Tensor:
     rows = edit.rows(call)
-    return new if rows is True else torch.where(rows[:, None, index, None], new, old)
+    return torch.where(rows[:, None, index, None], new, old) if isinstance(rows, Tensor) else new
 
 
 def _share_with_sinks(out: Tensor, lse: Tensor, call: Call) -> Tensor:
@@ -213,7 +216,7 @@ def _whole_key_groups(heads: list[int], groups: int) -> bool:
     return heads == wanted
 
 
-def _either(a: bool | Tensor, b: bool | Tensor) -> bool | Tensor:
+def _either(a: Touched, b: Touched) -> Touched:
     if a is True or b is True:
         return True
     if a is False:

@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 
 from headwise.attend.call import Call
-from headwise.attend.edits import GroupEdit
+from headwise.attend.edit import GroupEdit
 
 __all__ = ["key_bias", "regroup_rows", "split_and_merge"]
 
-SMALL = 64  # up to so many keys an atom is cheaper by a direct product than by a second fused call
+SMALL = 64  # up to so many keys, or an eighth of all, an atom is cheaper by a direct product than by a fused call
+DIRECT_BYTES = 2**26  # of weights formed by a direct product
 LARGEST_FOLDED_BIAS = 80.0  # beyond it a float32 score would lose digits; such constants are merged instead
 
 
 @dataclass
 class Atom:
-    """Keys `[b, s]` that belong to the same groups. columns: `[b, g]` where they are few; real: which of those count."""
+    """Keys `[b, s]` that belong to the same groups; where they are few, their columns `[b, g]` and which are real."""
 
     keys: Tensor
     columns: Tensor | None
@@ -94,8 +95,8 @@ def _reweigh(log_mass: Tensor, inside: Tensor, edits: Sequence[GroupEdit], call:
         member[:, : inside.shape[1]] = inside[first : first + count]
         first += count
         new = edit.reweigh(mass, member, call)
-        rows = edit.rows(call)
-        mass = new if rows is True or every_row else torch.where(rows[:, None, :, None], new, mass)
+        rows = True if every_row else edit.rows(call)
+        mass = torch.where(rows[:, None, :, None], new, mass) if isinstance(rows, Tensor) else new
     return torch.where(blind, -torch.inf, mass)
 
 
@@ -114,7 +115,8 @@ def _cut(call: Call, groups) -> tuple[list[Atom], Tensor, Tensor]:
     for code in present:
         keys = codes == code
         most = int(keys.sum(-1).max())
-        if most <= SMALL:
+        b, h, t, _ = call.q.shape
+        if most <= SMALL or (most * 8 <= call.k.shape[2] and 4 * b * h * t * most <= DIRECT_BYTES):
             order = keys.int().sort(dim=-1, descending=True, stable=True).indices[:, :most]
             atoms.append(Atom(keys, order, keys.gather(1, order)))
         else:

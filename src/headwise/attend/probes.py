@@ -123,7 +123,9 @@ class Distance(Probe):
     def block(self, reading: Reading, block: RowBlock) -> None:
         call = reading.call
         columns = torch.arange(block.weights.shape[-1], device=block.weights.device) + call.key_offset
-        back = block.positions.to(block.weights) * block.weights.sum(-1) - block.weights @ columns.to(block.weights)
+        # sum_j A (t - j) = t sum_j A - sum_j A j: both sums in one product
+        both = block.weights @ torch.stack([torch.ones_like(columns), columns], -1).to(block.weights)
+        back = block.positions.to(both) * both[..., 0] - both[..., 1]
         if self.share:
             # t counts from the first real token, so that padding does not make a text longer
             back = back / (block.positions - reading._first_row[:, None]).clamp_min(1)[:, None].to(back)
@@ -271,7 +273,10 @@ def _shifted(equal: Tensor, ahead: int) -> Tensor:
 def _row_entropy(reading: Reading, block: RowBlock) -> Tensor:
     """`[b h r]` entropy of renormalised rows, computed once for all probes of a block."""
     if reading.state.get("entropy of") is not block:
-        entropy = torch.special.entr(block.weights).sum(-1)
+        if block.logs is None:
+            entropy = torch.special.entr(block.weights).sum(-1)
+        else:
+            entropy = -torch.linalg.vecdot(block.weights, block.logs)
         if reading.call.sinks is not None or reading.edited:
             total = block.weights.sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
             entropy = entropy / total + total.log()

@@ -17,7 +17,7 @@ from headwise.attend.call import Call
 
 __all__ = ["Probe", "Reading", "RowBlock"]
 
-BLOCK_BYTES = 32 * 2**20
+BLOCK_BYTES = 2**20  # of weights: what stays in a core's cache between the probes of a block
 SAMPLED_ABOVE = 2048
 SAMPLE = 512
 
@@ -93,18 +93,15 @@ class RowBlock:
     """Rows of final weights.
 
     weights: `[b h r s]` float32; rows that see nothing are 0. index: which rows of the call. positions: `[r]` absolute
-    positions. valid: `[b r]` rows that count (real tokens after the first). columns may be cut after the last visible.
+    positions. valid: `[b r]` rows that count (real tokens after the first). logs: log of the weights where edits leave
+    them known, very negative but finite at weights of 0. Columns may be cut after the last that any row sees.
     """
 
     weights: Tensor
     index: slice | Tensor
     positions: Tensor
     valid: Tensor
-
-    @property
-    def masked(self) -> Tensor:
-        """The weights with rows that do not count set to 0."""
-        return self.weights * self.valid[:, None, :, None]
+    logs: Tensor | None = None
 
 
 class Reading:
@@ -215,14 +212,14 @@ class Reading:
             index = slice(start, stop) if chosen is None else chosen[start:stop].to(call.q.device)
             last = stop if chosen is None else int(chosen[stop - 1]) + 1
             columns = min(s, last) if call.causal and trim else None
+            logs = None
             if self._final is not None:
                 weights = self._final(index, columns)
-            elif torch.is_grad_enabled():
-                weights = (call.scores(index, columns) - _finite(call.lse[:, :, index, None])).exp()
             else:
-                weights = call.scores(index, columns).sub_(_finite(call.lse[:, :, index, None])).exp_()
+                logs = call.log_weights(index, s if columns is None else columns)
+                weights = logs.exp()
             positions = torch.arange(t, device=call.q.device)[index] + call.row_offset
-            yield RowBlock(weights, index, positions, self.valid[:, index])
+            yield RowBlock(weights, index, positions, self.valid[:, index], logs)
 
     def feed(self, probes: Sequence[Probe]) -> None:
         """Give this call to probes: sparse ones first, then one pass over blocks for all the others."""

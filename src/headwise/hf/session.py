@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headwise.attend.addresses import Head, Layout, select_heads
+from headwise.attend.addresses import Head, select_heads
 from headwise.attend.call import Call
-from headwise.attend.edits import Edit
+from headwise.attend.edit import Edit, OutputEdit
 from headwise.attend.machine import BoundEdit, attend
 from headwise.attend.read import Probe, Reading
 from headwise.attend.step import Step
 from headwise.errors import UnsupportedModel
 from headwise.hf import dispatch
-from headwise.hf.addresses import attention_modules, head_weights, layout, output_projection, tower_kinds
+from headwise.hf.addresses import attention_modules, head_writes, layout, output_projection, tower_kinds
+from headwise.hf.calls import Plain, read_call
 from headwise.hf.steps import StepTracker, find_stacks
 
 __all__ = ["Handle", "attach", "probe", "steer"]
@@ -54,9 +55,7 @@ class Handle:
             session.close(self._context)
 
 
-def attach(
-    model: nn.Module, *edits: Edit | Probe, scores: Scores | None = None, layout: Layout | None = None
-) -> Handle:
+def attach(model: nn.Module, *edits: Edit | Probe, scores: Scores | None = None) -> Handle:
     """Attach edits and probes to a model until `handle.remove()`.
 
     scores: gives the scores of a probe by name, for selections such as "top:sink:20".
@@ -172,7 +171,7 @@ class Session:
                 hook = self._enter_stack(stack, names)
                 self._hooks.append(stack.register_forward_pre_hook(hook, with_kwargs=True))
             for module in self.places:
-                projection = output_projection(module)
+                projection = output_projection(module, self.model)
                 self._hooks.append(projection.register_forward_hook(self._mixed(module, projection)))
             _sessions[self.model] = self
         except BaseException:
@@ -245,20 +244,23 @@ class Session:
         probes = [] if replayed else [p for c in self.contexts for p in c.probes]
         weights_probes = [p for p in probes if p.reads_weights]
         previous = dispatch.previous_function(module)
-        plain = _Plain(previous, module, query, key, value, attention_mask, scaling, dropout, kwargs)
         step = self.step(tower)
         wants_weights = bool(kwargs.get("output_attentions") or (step is not None and step.wants_weights))
         if not edits and not probes and not wants_weights:
             return previous(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-        if dropout and (weights_probes or any(not _acts_on_output(b) for b in edits)):
+        if dropout and (weights_probes or any(not isinstance(b.edit, OutputEdit) for b in edits)):
             raise ValueError(
                 f"attention dropout is {dropout} and the model is in training mode: weights would not be those that "
                 "the model used; call model.eval() or set attention_dropout to 0"
             )
         if kwargs.get("cache") is not None:
             raise UnsupportedModel("continuous batching is not supported; call generate or the model itself")
-        call = self._call(module, tower, layer, query, key, value, attention_mask, scaling, kwargs)
-        plain.check_fused(call)
+        kind = self.kinds.get(tower, "causal")
+        call = read_call(module, query, key, value, attention_mask, scaling, kwargs, kind, step, self.step("encoder"))
+        call.tower, call.layer = tower, layer
+        plain = Plain(
+            previous, module, (query, key, value, attention_mask), {"scaling": scaling, "dropout": dropout, **kwargs}
+        )
         self._refuse_moved_rows(call, edits)
         self._thread.call = (module, call)
         out = attend(call, edits, weights_probes, plain)
@@ -267,66 +269,19 @@ class Session:
             weights = self._all_weights(call, edits)
         return out, weights
 
-    def _call(self, module, tower, layer, query, key, value, mask, scaling, kwargs) -> Call:
-        t = query.shape[2]
-        is_causal = kwargs.get("is_causal")
-        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        if mask is not None and not isinstance(mask, Tensor):
-            raise UnsupportedModel(
-                f"{type(module).__name__}: masks of type {type(mask).__name__} cannot be read; load the model with "
-                'attn_implementation="sdpa" or "eager"'
-            )
-        causal = mask is None and bool(is_causal) and t > 1
-        if causal and key.shape[2] > t:  # an empty static cache: the model attends to its first t columns
-            key, value = key[:, :, :t], value[:, :, :t]
-        if mask is not None and mask.ndim == 2:  # flash implementations keep the padding mask
-            mask, causal = mask[:, None, None].bool(), bool(is_causal) and t > 1
-        elif mask is not None and mask.shape[-1] > key.shape[2]:
-            mask = mask[..., : key.shape[2]]
-        bias = kwargs.get("position_bias")
-        if bias is not None:
-            mask, causal = _with_bias(bias, mask, causal), False
-        sinks = kwargs.get("s_aux")
-        key_step = self.step("encoder") if self.kinds.get(tower) == "cross" else None
-        step = self.step(tower)
-        if step is not None and (step.real.shape[0] != query.shape[0] or step.total < t):
-            step = None
-        if key_step is not None and key_step.total != key.shape[2]:
-            key_step = None
-        if self.kinds.get(tower) != "cross":
-            key_step = step
-        elif key_step is None:
-            key_step = Step.of(key.shape[0], key.shape[2], key.device)
-        return Call(
-            query,
-            key,
-            value,
-            mask=mask,
-            causal=causal,
-            scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-            softcap=kwargs.get("softcap"),
-            sinks=sinks,
-            tower=tower,
-            layer=layer,
-            kind=self.kinds.get(tower, "causal"),
-            step=step,  # pyright: ignore[reportArgumentType]
-            key_step=key_step,  # pyright: ignore[reportArgumentType]
-        )
-
     def _refuse_moved_rows(self, call: Call, edits: list[BoundEdit]) -> None:
         """Beam search hands a row's cache to another row; groups of generated tokens would then be wrong."""
         if not any(group.uses_generated for b in edits for group in b.edit.key_groups()):
             return
-        marks = self._trackers().setdefault("marks", {})  # pyright: ignore[reportArgumentType]
-        place, key = (call.tower, call.layer), call.k[:, 0]
-        old = marks.get(place)  # pyright: ignore[reportAttributeAccessIssue]
-        if call.step.generating and old is not None and key.shape[1] > 1 and key.shape[1] == call.step.total:
-            if old.shape == key[:, -2].shape and not torch.equal(old, key[:, -2]):
-                raise UnsupportedModel(
-                    "beam search moved rows of the cache, and an edit names a group of generated tokens; use a group "
-                    "of the prompt, or num_beams=1"
-                )
-        marks[place] = key[:, call.step.total - 1 if key.shape[1] > call.step.total else -1].clone()  # pyright: ignore
+        marks = self._thread.__dict__.setdefault("marks", {})
+        place, last = (call.tower, call.layer), call.step.total - 1 - call.key_offset
+        before, marks[place] = marks.get(place), call.k[:, 0, last].clone()
+        comparable = call.step.generating and last > 0 and before is not None and before.shape == marks[place].shape
+        if comparable and before is not None and not torch.equal(before, call.k[:, 0, last - 1]):
+            raise UnsupportedModel(
+                "beam search moved rows of the cache, and an edit names a group of generated tokens; use a group of "
+                "the prompt, or num_beams=1"
+            )
 
     def _all_weights(self, call: Call, edits: list[BoundEdit]) -> Tensor:
         b, h, t, s = *call.q.shape[:3], call.k.shape[2]
@@ -354,7 +309,7 @@ class Session:
                 blank = call.q.new_empty(call.q.shape[0], call.q.shape[1], rows, call.q.shape[3])
                 call = replace(call, q=blank, k=blank, v=blank, mask=None, step=None, key_step=None, memo={})
             reading = Reading(call)
-            reading.state["projection"] = head_weights(module)
+            reading.state["projection"] = head_writes(projection, call.q.shape[1])
             with torch.no_grad():
                 for p in probes:
                     p.output(z, mixed.reshape(z.shape[0], rows, -1), reading)
@@ -372,50 +327,3 @@ class _Keep(Probe):
     def block(self, reading, block) -> None:
         pad = reading.call.k.shape[2] - block.weights.shape[-1]
         self.rows.append(torch.nn.functional.pad(block.weights, (0, pad)))
-
-
-class _Plain:
-    """The call that the model would have made; `is_fused` where our fused operator gives the same bits."""
-
-    def __init__(self, function, module, query, key, value, mask, scaling, dropout, kwargs):
-        self.function, self.module = function, module
-        self.arguments = (query, key, value, mask)
-        self.options = {"scaling": scaling, "dropout": dropout, **kwargs}
-        self.weights: Tensor | None = None
-        self.is_fused = False
-
-    def check_fused(self, call: Call) -> None:
-        query, key, value, mask = self.arguments
-        self.is_fused = (
-            dispatch.previous_name(self.module.config) == "sdpa"
-            and query.device.type == "cpu"
-            and query.shape[-1] == value.shape[-1]
-            # A single row with grouped keys is folded differently there, and may differ in the last bit.
-            and query.shape[2] > 1
-            and (mask is None or mask.dtype == torch.bool)
-            and self.options.get("position_bias") is None
-            and not torch.is_grad_enabled()
-            and not self.options["dropout"]
-        )
-
-    def __call__(self) -> Tensor:
-        out, self.weights = self.function(self.module, *self.arguments, **self.options)
-        return out
-
-
-def _acts_on_output(bound: BoundEdit) -> bool:
-    from headwise.attend.edits import OutputEdit
-
-    return isinstance(bound.edit, OutputEdit)
-
-
-def _with_bias(bias: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Join a position bias and a mask of any kind into one additive mask."""
-    if mask is None:
-        if not causal:
-            return bias
-        t, s = bias.shape[-2:]
-        mask = torch.ones(t, s, dtype=torch.bool, device=bias.device).tril()[None, None]
-    if mask.dtype == torch.bool:
-        return torch.where(mask, bias, -torch.inf)
-    return bias + mask

@@ -71,23 +71,21 @@ class StepTracker:
     def _extend(self, ids: Tensor, real: Tensor | None, past: int) -> Step:
         batch, length = ids.shape
         old = self.step
-        known = old is not None and past > 0 and old.total == past and old.ids.shape[0] == batch
         if past and old is not None and old.generating and past < old.total:
             raise RuntimeError(
                 f"the cache went back from {old.total} to {past} tokens while headwise was active: assisted decoding "
                 "and contrastive search are not supported; generate without them, or after leaving the context"
             )
         device = ids.device
-        before_ids = old.ids if known else torch.full((batch, past), -1, device=device)
-        before_real = old.real if known else torch.ones(batch, past, dtype=torch.bool, device=device)
-        before_prompt = old.prompt if known else torch.ones(batch, past, dtype=torch.bool, device=device)
+        known = old is not None and past > 0 and old.total == past and old.ids.shape[0] == batch
+        before = old if known and old is not None else Step.of(batch, past, device)
         if real is None:
-            real = torch.cat([before_real, torch.ones_like(ids, dtype=torch.bool)], 1)
+            real = torch.cat([before.real, torch.ones_like(ids, dtype=torch.bool)], 1)
         prompt = torch.full_like(ids, past == 0 or length > 1, dtype=torch.bool)
         step = Step(
-            ids=torch.cat([before_ids, ids], 1),
+            ids=torch.cat([before.ids, ids], 1),
             real=real.to(device),
-            prompt=torch.cat([before_prompt, prompt], 1),
+            prompt=torch.cat([before.prompt, prompt], 1),
             past=past,
             length=length,
         )

@@ -1,0 +1,125 @@
+"""What an edit is: a change of attention while a model runs, undone when its context ends.
+
+Every edit names heads (None: all of the main tower), the rows that it touches (`when`) and its neutral setting, at
+which it is the identity bit for bit. Edits act in three stages, each in the order given: on the inputs of a head
+(`InputEdit`), on its weights (`GroupEdit` through the masses of key groups, `RowEdit` on whole rows), on its output
+(`OutputEdit`). To write your own, subclass one of the four.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from headwise.attend.addresses import Head
+from headwise.attend.call import Call
+from headwise.attend.groups import KeyGroup
+from headwise.attend.step import Step
+
+__all__ = ["Edit", "GroupEdit", "InputEdit", "OutputEdit", "RowEdit", "Rows"]
+
+Heads = str | Iterable[Head | str] | None
+When = Literal["all", "prompt", "generated"] | Callable[[Step], Tensor]
+
+
+@dataclass(kw_only=True)
+class Edit:
+    """What all edits share.
+
+    heads: a selection ("3.*,top:sink:4"), heads, or None for every head of the main tower.
+    when: "all" rows, rows of the "prompt", rows of "generated" tokens, or a function from the `Step` to a boolean
+        `[b, t]` over the rows of this forward.
+    """
+
+    heads: Heads = None
+    when: When = "all"
+
+    def __post_init__(self):
+        if not callable(self.when) and self.when not in ("all", "prompt", "generated"):
+            raise ValueError(
+                f"{type(self).__name__}: when is {self.when!r}; choose all, prompt, generated or a function"
+            )
+
+    @property
+    def neutral(self) -> bool:
+        """True where this edit changes nothing; it is then skipped altogether."""
+        return False
+
+    def primitives(self) -> tuple["Edit", ...]:
+        """The edits that do the work: an edit by itself, a method the primitives that it is made of."""
+        return (self,)
+
+    def key_groups(self) -> tuple[KeyGroup, ...]:
+        """The key groups that this edit names."""
+        return ()
+
+    def rows(self, call: Call) -> Literal[True] | Literal[False] | Tensor:
+        """Which rows of a call are touched: all (True), none (False), or a boolean `[b, t]`."""
+        if callable(self.when):
+            return self.when(call.step)
+        return self.when == "all" or (self.when == "generated") == call.step.generating
+
+
+class InputEdit(Edit):
+    """Changes what a head computes its attention from."""
+
+    def change(self, call: Call) -> Call:
+        """Return the call with other q, k, v or mask. Every head of the call is named, and has keys of its own."""
+        raise NotImplementedError
+
+
+class OutputEdit(Edit):
+    """Changes the output of a head, before the output projection mixes heads."""
+
+    def change(self, out: Tensor, call: Call) -> Tensor:
+        """`[b t h e]` of the named heads (numbered by `call.heads`) to the same shape."""
+        raise NotImplementedError
+
+
+class GroupEdit(Edit):
+    """Changes the masses of key groups; what lies inside a group, and inside the rest, keeps its proportions."""
+
+    def constant(self, call: Call) -> list[Tensor] | None:
+        """For each group a `[h]` constant added to its scores, if that is all this edit does; otherwise None."""
+        return None
+
+    def reweigh(self, log_mass: Tensor, inside: Tensor, call: Call) -> Tensor:
+        """New log-masses of the atoms of a row.
+
+        log_mass: `[b h t a]`; exponentials sum to 1, the last atoms being the rest and the sink column.
+        inside: `[g, a]` boolean, which atoms make up each of this edit's groups.
+        """
+        raise NotImplementedError
+
+
+class RowEdit(Edit):
+    """Changes whole rows of weights: they are formed block by block, for the named heads only."""
+
+    def change(self, weights: Tensor, rows: "Rows") -> Tensor:
+        """`[b h r s]` float32 weights of the named heads to the same shape."""
+        raise NotImplementedError
+
+
+@dataclass
+class Rows:
+    """The rows that a `RowEdit` is shown: `index` `[r]` of the call's rows, and the call itself."""
+
+    call: Call
+    index: slice | Tensor
+    columns: int | None = None
+
+    @property
+    def visible(self) -> Tensor:
+        """Boolean, broadcastable to `[b h r s]`: the keys that a row may see."""
+        s = self.call.k.shape[2] if self.columns is None else self.columns
+        row = torch.arange(self.call.q.shape[2], device=self.call.q.device)[self.index]
+        zero = torch.zeros(1, 1, len(row), s, device=self.call.q.device)
+        shown = self.call.masked(zero, self.index, s)
+        return shown > torch.finfo(torch.float32).min / 2
+
+    @property
+    def positions(self) -> Tensor:
+        """`[r]` absolute positions of the rows; columns start at `call.key_offset`."""
+        return torch.arange(self.call.q.shape[2], device=self.call.q.device)[self.index] + self.call.row_offset
