@@ -23,7 +23,7 @@ __all__ = [
     "worst",
 ]
 
-Numbers = Sequence[float] | np.ndarray
+Numbers = Sequence[float] | Sequence[int] | np.ndarray
 Alternative = Literal["two-sided", "greater", "less"]
 
 
@@ -148,7 +148,7 @@ def permutation_test(
     if alternative not in ("two-sided", "greater", "less"):
         raise ValueError(f"alternative: {alternative!r}; expected 'two-sided', 'greater' or 'less'")
 
-    def difference(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
+    def difference(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray | np.floating:
         return x.mean(axis=axis) - y.mean(axis=axis)
 
     found = scipy_permutation_test(

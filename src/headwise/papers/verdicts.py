@@ -53,7 +53,7 @@ def verdict_over_seeds(kind: str, rows: Sequence[Measured]) -> Verdict:
     Seeds that agree decide. A check must hold for every seed. A claim on which seeds disagree is decided by the
     mean margin where its 95 % interval over seeds excludes 0, and is inconclusive otherwise.
     """
-    verdicts = [verdict_of(row) for row in rows]
+    verdicts: list[Verdict] = [verdict_of(row) for row in rows]
     if len(set(verdicts)) == 1:
         return verdicts[0]
     if kind == "check":
