@@ -59,7 +59,7 @@ def needle(
     haystack: str | None = None,
     facts: Sequence[tuple[str, str, str]] | None = None,
     lengths: Sequence[int] = (512,),
-    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    depths: Sequence[float | int] = (0.0, 0.25, 0.5, 0.75, 1.0),
     repeats: int = 1,
     size: int = 6,
     words: Sequence[int] | None = None,
