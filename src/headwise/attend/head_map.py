@@ -42,12 +42,12 @@ class HeadMap:
 
     def __init__(
         self,
-        scores: Mapping[str, Mapping[Head, float | None]],
+        scores: Mapping[str, Mapping[Head, float | int | None]],
         layout: Layout,
         *,
         model: str = "",
         source: str = "",
-        runs: Mapping[str, Sequence[Mapping[Head, float]]] | None = None,
+        runs: Mapping[str, Sequence[Mapping[Head, float | int]]] | None = None,
     ) -> None:
         self.layout, self.model, self.source = layout, model, source
         everything = layout.heads("*")
