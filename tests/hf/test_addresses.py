@@ -11,17 +11,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headwise.attend.addresses import Head
 from headwise.errors import UnsupportedModel
-from headwise.hf.addresses import (
-    attention_modules,
-    attention_shape,
-    head_writes,
-    heads_of,
-    layout,
-    output_projection,
-    projection_bias,
-    tower_kinds,
-    unwrap,
-)
+from headwise.hf.addresses import attention_modules, heads_of, layout, tower_kinds, unwrap
+from headwise.hf.projections import attention_shape, head_writes, output_projection, projection_bias
 
 
 @pytest.mark.parametrize("name", FAMILIES)
