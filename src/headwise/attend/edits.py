@@ -4,16 +4,16 @@ Methods in `headwise.steering` are made of these.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from headwise.attend.addresses import Head
 from headwise.attend.call import Call
-from headwise.attend.edit import Edit, GroupEdit, InputEdit, OutputEdit, RowEdit, Rows
+from headwise.attend.edit import Edit, GroupEdit, Heads, InputEdit, OutputEdit, RowEdit, Rows
 from headwise.attend.groups import KeyGroup
 
 __all__ = [
@@ -61,7 +61,7 @@ class ReplaceHeads(OutputEdit):
     or a function from its output `[b, t, e]` to a new one.
     """
 
-    values: dict[Head, Tensor | Callable[[Tensor], Tensor]]
+    values: Mapping[Head, Tensor | Callable[[Tensor], Tensor]]
 
     def __post_init__(self):
         super().__post_init__()
@@ -99,6 +99,14 @@ def _at_rows(value: Tensor, call: Call) -> Tensor:
     return value[..., call.row_offset : call.row_offset + t, :]
 
 
+class HeadStatistics(Protocol):
+    """Outputs of heads on other text, such as a `HeadOutputs` probe has read."""
+
+    def mean(self) -> dict[Head, Tensor]: ...
+
+    def resample(self) -> dict[Head, Tensor]: ...
+
+
 @dataclass
 class Ablate(Edit):
     """Take heads out.
@@ -112,8 +120,9 @@ class Ablate(Edit):
     statistics: for mean and resample, a `HeadOutputs` probe that has read that text (`headwise.head_outputs`).
     """
 
+    heads: Heads = field(default=None, kw_only=False)
     mode: Literal["zero", "uniform", "first", "mean", "resample"] = "zero"
-    statistics: object = None
+    statistics: HeadStatistics | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -127,14 +136,18 @@ class Ablate(Edit):
             )
 
     def primitives(self) -> tuple[Edit, ...]:
-        same = {"heads": self.heads, "when": self.when}
+        same: dict[str, Any] = {"heads": self.heads, "when": self.when}
         if self.mode == "zero":
             return (ScaleHeads(scale=0.0, **same),)
         if self.mode == "uniform":
             return (_Uniform(**same),)
         if self.mode == "first":
             return (ForceRows(pattern="first", **same),)
-        return (ReplaceHeads(values=getattr(self.statistics, self.mode)(), **same),)
+        return (ReplaceHeads(values=self._values(), **same),)
+
+    def _values(self) -> dict[Head, Tensor]:
+        assert self.statistics is not None  # checked when the edit was made
+        return self.statistics.mean() if self.mode == "mean" else self.statistics.resample()
 
 
 @dataclass

@@ -1,0 +1,171 @@
+"""What `headwise bench` measures: one registry of inputs, variants and rivals.
+
+Every module of this folder that defines `benchmark()` is one benchmark. Ratios only: the variants of an input are run
+in turn in one process and each is divided by the baseline of its own round; peak memory comes from a fresh process a
+variant. Nothing here asserts a time.
+"""
+
+import gc
+import importlib
+import pkgutil
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+__all__ = ["Benchmark", "Row", "Variant", "names", "run"]
+
+
+@dataclass
+class Variant:
+    """One way of doing the work of an input.
+
+    make: prepares and returns the function that is timed; it is called once, before timing. skip: why it does not run.
+    """
+
+    name: str
+    make: Callable[[], Callable[[], object]]
+    skip: str | None = None
+
+
+@dataclass
+class Benchmark:
+    """Inputs by name, each with its variants; the first variant of an input is its baseline.
+
+    check: raises when the variants do not agree with each other; nothing is timed then.
+    """
+
+    name: str
+    inputs: dict[str, Callable[[], list[Variant]]]
+    check: Callable[[], None] = lambda: None
+    rounds: int = 7
+
+
+@dataclass
+class Row:
+    """One line of the result: medians over rounds, `spread` the interquartile range of the ratio."""
+
+    name: str
+    input: str
+    variant: str
+    median_ratio: float | None
+    spread: float | None
+    peak_ratio: float | None
+    skipped: str | None
+
+
+def names() -> list[str]:
+    """The benchmarks that there are."""
+    return [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
+
+
+def load(name: str) -> Benchmark:
+    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}").benchmark()
+
+
+def run(
+    wanted: list[str] | None = None,
+    *,
+    inputs: list[str] | None = None,
+    rounds: int | None = None,
+    memory: bool = True,
+    log: Callable[[str], None] = lambda line: None,
+) -> dict:
+    """Run benchmarks and return the document that `headwise bench --json` prints.
+
+    inputs: only these inputs. rounds: how often each variant is timed. memory: also measure peak memory.
+    """
+    rows: list[Row] = []
+    for name in wanted or names():
+        benchmark = load(name)
+        benchmark.check()
+        for label, variants in benchmark.inputs.items():
+            if inputs and label not in inputs:
+                continue
+            log(f"{name} {label}")
+            rows += _measure(benchmark, label, variants(), rounds or benchmark.rounds, memory, log)
+    return {"machine": machine(), "versions": versions(), "rows": [asdict(row) for row in rows]}
+
+
+def machine() -> dict:
+    import torch
+
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"system": platform.system(), "processor": _processor(), "threads": torch.get_num_threads(), "gpu": cuda}
+
+
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("headwise", "torch", "transformers", "transformer-lens", "nnsight"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _measure(
+    benchmark: Benchmark, label: str, variants: list[Variant], rounds: int, memory: bool, log: Callable[[str], None]
+) -> Iterator[Row]:
+    ready = [(variant, variant.make()) for variant in variants if variant.skip is None]
+    for _, function in ready:
+        function()  # warm-up
+    times: dict[str, list[float]] = {variant.name: [] for variant, _ in ready}
+    for _ in range(rounds):
+        for variant, function in ready:
+            gc.collect()
+            start = time.perf_counter()
+            function()
+            times[variant.name].append(time.perf_counter() - start)
+    peaks = {variant.name: _peak(benchmark.name, label, variant.name) for variant, _ in ready} if memory else {}
+    baseline = variants[0].name
+    for variant in variants:
+        if variant.skip is not None:
+            log(f"  {variant.name}: skipped, {variant.skip}")
+            yield Row(benchmark.name, label, variant.name, None, None, None, variant.skip)
+            continue
+        ratios = [mine / base for mine, base in zip(times[variant.name], times[baseline], strict=True)]
+        quarters = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+        peak, base = peaks.get(variant.name), peaks.get(baseline)
+        row = Row(
+            benchmark.name,
+            label,
+            variant.name,
+            round(statistics.median(ratios), 3),
+            round(quarters[2] - quarters[0], 3),
+            round(peak / base, 2) if peak and base else None,
+            None,
+        )
+        log(f"  {row.variant}: {row.median_ratio}x (spread {row.spread}), memory {row.peak_ratio}x")
+        yield row
+
+
+def _peak(name: str, label: str, variant: str) -> float | None:
+    """Peak memory of one variant in a process of its own, in KiB."""
+    command = [sys.executable, "-m", "benchmarks", name, label, variant]
+    folder = Path(__file__).resolve().parents[1]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 and done.stdout.split() else None
+
+
+def report_peak(name: str, label: str, wanted: str) -> float:
+    """Run one variant twice and return the process's peak resident memory."""
+    variant = next(v for v in load(name).inputs[label]() if v.name == wanted)
+    function = variant.make()
+    function()
+    function()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
