@@ -114,6 +114,10 @@ def patterns(input_ids: Int[Tensor, "b t"]) -> dict[Head, Float[Tensor, "b t t"]
     return {here: known[there] for here, there in pairs} | {head: even.expand_as(known[planted.SINK]) for head in IDLE}
 
 
+def names() -> tuple[str, ...]:
+    return planted.names()
+
+
 def card() -> dict[str, Any]:
     return {
         "summary": SUMMARY,
@@ -135,4 +139,4 @@ def train(out: str | Path, *, seed: int = 0, log: Callable[[dict[str, Any]], Non
     """Write the model to a folder. There is nothing to train, so the seed changes nothing."""
     from headwise.specimens.registry import write_specimen
 
-    return write_specimen(Path(out), build(), planted.names(), card(), NAME)
+    return write_specimen(Path(out), build(), names(), card(), NAME)
