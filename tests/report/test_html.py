@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from tests.report.sample import LAYOUT, head_map, report_data, tokens
 
 import headwise
-from headwise.attend.addresses import Head
+from headwise.attend.addresses import Head, Layout, Tower
 from headwise.attend.head_map import HeadMap
 from headwise.errors import InputError
+from headwise.report.document import report_document
 from headwise.report.html import compare, sparse_rows, write_report
 from headwise.report.suggestions import suggest
 
@@ -58,11 +59,29 @@ def test_a_long_text_and_many_heads_stay_below_a_megabyte(tmp_path):
     weights = torch.rand(length, length).tril().softmax(-1)
     rows = sparse_rows(torch.where(weights > 0, 0.05, 0.0), queries=range(length))
     data = small(texts=[{"name": "t", "tokens": ["token"] * length}])
-    data["examples"] = [{"probe": "sink", "head": str(head), "text": 0, "rows": rows} for head in LAYOUT.heads()]
+    data["examples"] = [
+        {"probe": "sink" if head.layer < 3 else "last", "head": str(head), "text": 0, "rows": rows}
+        for head in [*LAYOUT.heads(), *LAYOUT.heads()]
+    ]
     document = written(tmp_path, data)
     assert (tmp_path / "report.html").stat().st_size < 1_000_000
-    assert 0 < len(document["examples"]) < 32
-    assert f"kept for {len(document['examples'])} of 32 heads" in document["notes"][-1]
+    kept = [example["head"] for example in document["examples"]]
+    assert 6 < len(kept) < 32
+    assert kept[:4] == ["0.0", "3.0", "0.1", "3.1"]  # the probes in turn, each head once
+    assert f"kept for {len(kept)} of 32 heads" in document["notes"][-1]
+    assert document["floor"] == 0.02
+    assert all(len(row) == 11 for row in document["examples"][0]["rows"][5:])
+
+
+def test_weak_weights_go_before_heads_do(tmp_path):
+    length = 900
+    rows = [[query, [[key, 0.3 / (1 + key) + 0.006] for key in range(min(query, 14) + 1)]] for query in range(length)]
+    data = small(texts=[{"name": "t", "tokens": ["token"] * length}])
+    data["examples"] = [{"probe": "sink", "head": str(h), "text": 0, "rows": rows} for h in LAYOUT.heads()[:12]]
+    document = written(tmp_path, data)
+    assert len(document["examples"]) == 12
+    assert document["floor"] == 0.01
+    assert [len(row) for row in document["examples"][0]["rows"][:10]] == [3, 5, 7, 9, 11, 13, 15, 17, 17, 17]
 
 
 @given(st.text(st.characters(codec=None) | st.sampled_from("<>&/\u2028\u2029'\"\\{}"), max_size=40))
@@ -174,3 +193,17 @@ def test_suggestions_are_commands_for_this_model_and_map():
     assert "'top:induction:3,random:3,!top:induction:3'" in control["command"]
     assert suggest("sink", tower="vision")[0]["command"].split("--heads ")[1].startswith("vision:top:sink:4 ")
     assert suggest("something-new")[0]["command"].startswith("headwise steer --edit ablate --heads top:something-new:4")
+
+
+def test_a_scan_becomes_a_document():
+    towers = Layout((Tower("", (2,), (2,)), Tower("vision", (1,), (1,))))
+    table = {Head(0, 0): 3.0, Head(0, 1): 5.0, Head(0, 0, "vision"): 2.0}
+    scores = HeadMap({"distance": table, "induction": {Head(0, 1): 0.5}}, towers, model="m", source="a page")
+    document = report_document(scores, {"distance": "How far."}, map_path="heads.json", other=scores, notes=["n"])
+    distance = document["probes"]["distance"]
+    assert (distance["sentence"], distance["unit"], distance["range"]) == ("How far.", "tokens", [0, None])
+    assert {one["tower"] for one in distance["try"]} == {"", "vision"}
+    assert {one["tower"] for one in document["probes"]["induction"]["try"]} == {""}
+    assert all(one["command"].endswith("--map heads.json") for one in distance["try"])
+    assert document["comparison"]["probes"]["distance"]["scores"]["vision:0.0"] == 0
+    assert (document["model"], document["source"], document["notes"]) == ("m", "a page", ["n"])

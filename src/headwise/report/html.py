@@ -46,15 +46,16 @@ from headwise.attend.head_map import HeadMap
 
 __all__ = ["compare", "sparse_rows", "write_report"]
 
-FLOOR = 0.005  # weights below it are not shown; the page says so
+FLOOR = 0.005  # weights below it are never kept; the page says so
+DETAIL = ((16, FLOOR), (8, 0.01), (5, 0.02))  # keys a row and their least weight, tried until the page is small enough
 BUDGET = 900_000  # bytes of attention rows a page may hold, so that it stays below a megabyte
 
 
 def write_report(data: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write the page. The file appears at once when it is complete, or not at all.
 
-    data: as the docstring of this module says. Examples that would make the page larger than about a megabyte are left
-    out, last ones first, and a note on the page says so.
+    data: as the docstring of this module says. Where examples would make the page larger than about a megabyte, weak
+    weights are left out first, then whole heads, the weaker ones of every probe first; the page says what is missing.
 
     Raises ValueError for data of another form and InputError for a path that cannot be written.
     """
@@ -145,12 +146,8 @@ def _prepare(data: Mapping[str, Any]) -> dict[str, Any]:
     texts = data.get("texts") or []
     lengths = [len(_field(text, "tokens", Sequence, f"report: texts[{i}]")) for i, text in enumerate(texts)]
     examples = [_example(i, example, lengths, layout) for i, example in enumerate(data.get("examples") or [])]
-    kept, size = [], 0
-    for example in examples:
-        size += len(json.dumps(example, separators=(",", ":")))
-        if size > BUDGET:
-            break
-        kept.append(example)
+    examples = _in_turns(examples)
+    kept, document["floor"] = _within_budget(examples)
     if len(kept) < len(examples):
         document["notes"].append(
             f"Attention over the text is kept for {len(kept)} of {len(examples)} heads, to keep this page small."
@@ -227,6 +224,40 @@ def _example(index: int, example: Mapping[str, Any], lengths: Sequence[int], lay
         "rows": rows,
     }
     return packed | ({"focus": int(example["focus"])} if example.get("focus") is not None else {})
+
+
+def _in_turns(examples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each head once, and the probes in turn: where room is short, every probe keeps its strongest heads."""
+    turns: dict[str, int] = {}
+    ordered: list[tuple[int, dict[str, Any]]] = []
+    seen: set[tuple[str, int]] = set()
+    for example in examples:
+        turns[example["probe"]] = turn = turns.get(example["probe"], -1) + 1
+        if (place := (example["head"], example["text"])) not in seen:
+            seen.add(place)
+            ordered.append((turn, example))
+    return [example for _, example in sorted(ordered, key=lambda pair: pair[0])]
+
+
+def _within_budget(examples: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], float]:
+    """The examples that fit, weak keys left out first and whole heads last; and the weight below which keys went."""
+    for keys, floor in DETAIL:
+        slim = [
+            example | {"rows": [_slim(row, keys, round(1000 * floor)) for row in example["rows"]]}
+            for example in examples
+        ]
+        sizes = [len(json.dumps(example, separators=(",", ":"))) for example in slim]
+        if sum(sizes) <= BUDGET:
+            break
+    kept = 0
+    while kept < len(slim) and sum(sizes[: kept + 1]) <= BUDGET:
+        kept += 1
+    return slim[:kept], floor
+
+
+def _slim(row: list[int], keys: int, floor: int) -> list[int]:
+    pairs = list(zip(row[1::2], row[2::2], strict=True))[:keys]
+    return [row[0], *(number for pair in pairs if pair[1] >= floor for number in pair)]
 
 
 def _text(index: int, text: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -52,6 +52,16 @@ _IDEAS: dict[str, list[tuple[str, str]]] = {
             "steer{model} --edit ablate --heads {bottom} --prompt {prompt}",
         ),
     ],
+    "distance": [
+        (
+            "These heads look far back. Remove them and see whether the model forgets how the text began:",
+            "steer{model} --edit ablate --heads {top} --prompt {prompt}",
+        ),
+        (
+            "The heads at the other end look only at their neighbours; compare:",
+            "steer{model} --edit ablate --heads {bottom} --prompt {prompt}",
+        ),
+    ],
     "contribution": [
         (
             "These heads write the most. Halve what they write:",

@@ -283,7 +283,7 @@
     fill(box, ...nodes);
     box.scrollTop = 0;
     sheet = { example: one, text, spans, ...prepare(one) };
-    $("text-name").textContent = `${text.name}${text.cut ? `: the first ${plural(text.tokens.length, "token")} of ${text.cut.toLocaleString("en")}` : `: ${plural(text.tokens.length, "token")}`}. Weights below half a percent are left out.`;
+    $("text-name").textContent = `${text.name}${text.cut ? `: the first ${plural(text.tokens.length, "token")} of ${text.cut.toLocaleString("en")}` : `: ${plural(text.tokens.length, "token")}`}. Weights below ${100 * D.floor} % are left out.`;
   }
   function drawGaze(token) {
     if (!sheet) return;
@@ -360,8 +360,7 @@
     const { layer, head: index, key, tower: t } = place[head], one = example(head);
     $("head").textContent = `Head ${head}`;
     $("where").textContent = `layer ${layer} of ${t.layers}, head ${index} of ${t.heads_per_layer[layer]}${key === null ? "" : `, reads key head ${key}`}${t.name ? `, ${t.name}` : ""}`;
-    const stored = [...new Set(D.examples.filter((e) => e.probe === state.probe).map((e) => e.head))];
-    for (const other of order()) if (stored.length < 6 && !stored.includes(other) && example(other)) stored.push(other);
+    const stored = order().filter(example).slice(0, 6);
     if (one && !stored.includes(head)) stored.unshift(head);
     fill($("pick"), ...stored.map((other) => make("button", { type: "button", "aria-pressed": other === head, "data-key": other, onclick: () => choose({ head: other }) }, `${other}`)));
     $("reader").hidden = !one; $("no-reader").hidden = Boolean(one); $("pick").hidden = !stored.length;
@@ -394,7 +393,7 @@
   }
   function strongestShown() {
     const all = ranking(state.probe).order;
-    return all.slice(0, 8).find((head) => D.examples.some((e) => e.head === head && e.probe === state.probe)) || all.slice(0, 8).find(example) || all[0] || null;
+    return all.slice(0, 8).find(example) || all[0] || null;
   }
   // Parts are drawn anew, so the focus would be lost with the button that had it.
   function keepFocus(change) {
