@@ -126,13 +126,16 @@ class HeadMap:
         by: Literal["layer", "any"] = "layer",
         exclude: Iterable[Head | str] = (),
         idle: Iterable[Head | str] | None = None,
+        overlap: bool = False,
         seed: int = 0,
     ) -> list[list[Head]]:
         """Control sets for `heads`: each as large, with as many heads in every layer, and none of `heads` in it.
 
         draws: how many different sets; all there are when there are no more than that. by: "layer" matches tower and
         layer, "any" only the number of heads in each tower. exclude: heads that no set may hold. idle: the only heads a
-        set may hold, such as those that a causal trace shows to do nothing. The same seed gives the same sets.
+        set may hold, such as those that a causal trace shows to do nothing. overlap: sets may share heads with `heads`,
+        for the null of a search that kept more than half of a layer; never all of them. The same seed gives the same
+        sets.
 
         Raises ValueError when a layer has too few other heads.
         """
@@ -141,7 +144,7 @@ class HeadMap:
             raise ValueError(f"matched_random: {len(chosen)} heads and {draws} draws; expected at least one of each")
         if by not in ("layer", "any"):
             raise ValueError(f"matched_random: by is {by!r}; expected 'layer' or 'any'")
-        barred = {*chosen, *select_heads(list(exclude), self.layout, scores=self.of)}
+        barred = {*([] if overlap else chosen), *select_heads(list(exclude), self.layout, scores=self.of)}
         allowed = None if idle is None else set(select_heads(list(idle), self.layout, scores=self.of))
         pools: list[tuple[list[Head], int]] = []
         for (tower, layer), count in sorted(
@@ -161,11 +164,14 @@ class HeadMap:
             pools.append((pool, count))
         if math.prod(math.comb(len(pool), count) for pool, count in pools) <= draws:
             subsets = itertools.product(*(itertools.combinations(pool, count) for pool, count in pools))
-            return [list(itertools.chain.from_iterable(parts)) for parts in subsets]
+            every = [list(itertools.chain.from_iterable(parts)) for parts in subsets]
+            return [found for found in every if set(found) != set(chosen)]
         generator, sets = random.Random(seed), dict[tuple[Head, ...], None]()
         while len(sets) < draws:
             parts = (sorted(generator.sample(pool, count)) for pool, count in pools)
-            sets[tuple(itertools.chain.from_iterable(parts))] = None
+            drawn = tuple(itertools.chain.from_iterable(parts))
+            if set(drawn) != set(chosen):
+                sets[drawn] = None
         return [list(heads) for heads in sets]
 
     def activation_frequency(self, probe: str | None = None, above: float = 0.0) -> dict[Head, float]:
