@@ -192,13 +192,14 @@ def word_tokenizer(names: Sequence[str]) -> Any:
 def write_specimen(
     out: Path,
     model: Any,
-    names: Sequence[str],
+    tokens: Any,
     card: dict[str, Any],
     name: str,
     checkpoints: dict[int, dict[str, Any]] | None = None,
 ) -> Path:
     """Write model (bfloat16 where it was trained), tokenizer, card and checkpoints; the folder appears whole or not.
 
+    tokens: a tokenizer, or the words of `word_tokenizer`.
     A `heads.json` of an earlier training is not kept: it described other weights.
     """
     import torch
@@ -226,7 +227,7 @@ def write_specimen(
         made = Path(temporary) / "made"
         stored = model if built else model.to(torch.bfloat16)
         stored.save_pretrained(made)
-        word_tokenizer(names).save_pretrained(made)
+        (tokens if hasattr(tokens, "save_pretrained") else word_tokenizer(tokens)).save_pretrained(made)
         for step, state in sorted((checkpoints or {}).items()):
             save_file(
                 {key: value.to(torch.bfloat16).contiguous() for key, value in state.items()},
