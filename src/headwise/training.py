@@ -71,11 +71,12 @@ def trapezoid(warmup: int = 100, decay: float = 0.5, final: float = 0.0) -> Sche
 
 @dataclass
 class History:
-    """What a run did: the loss of every step (fit_seeds: a list per step), the logged figures, seconds taken."""
+    """What a run did: the loss of every step (fit_seeds: a list per step), the logged figures, seconds of clock and CPU."""
 
     losses: list[Any] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 def fit(
@@ -109,7 +110,7 @@ def fit(
     kept = _frozen(parameters, masks or {})
     step_rule = (optimiser.build if isinstance(optimiser, OptimiserSpec) else optimiser)(parameters.values())
     device = next(iter(parameters.values())).device
-    history, start, due = History(), time.perf_counter(), set(checkpoints)
+    history, start, due = History(cpu_seconds=-time.process_time()), time.perf_counter(), set(checkpoints)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         stream = _stream(batches, seed, steps)
@@ -134,6 +135,7 @@ def fit(
             on_checkpoint(steps, model)
     model.eval()
     history.seconds = time.perf_counter() - start
+    history.cpu_seconds += time.process_time()
     return history
 
 
@@ -179,7 +181,7 @@ def fit_seeds(
     gradients = vmap(grad_and_value(one, has_aux=True), randomness="different")
     step_rule = optimiser.build(parameters.values())
     streams = [_stream(batches, seed, steps) for seed in seeds]
-    history, start = History(), time.perf_counter()
+    history, start = History(cpu_seconds=-time.process_time()), time.perf_counter()
     for step in range(steps):
         batch = tree_map(lambda *leaves: torch.stack(leaves), *[next(stream) for stream in streams])
         grads, (values, figures) = gradients(parameters, buffers, batch)
@@ -193,6 +195,7 @@ def fit_seeds(
                 parameter.copy_(parameters[name][index])
             model.eval()
     history.seconds = time.perf_counter() - start
+    history.cpu_seconds += time.process_time()
     return models, history
 
 

@@ -30,7 +30,10 @@ class MixedBatch:
     task: Int[Tensor, " b"]
 
     def losses(self, logits: Float[Tensor, "b t v"]) -> dict[str, Tensor]:
-        """Mean cross-entropy of the answers of each task, and of all other tokens together (`text`)."""
+        """Mean cross-entropy of the answers of each task, and of all other tokens together (`text`).
+
+        Repeats have no text: what stands before their first repetition is random.
+        """
         target = self.input_ids[:, 1:]
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].mT, target, reduction="none")
         asked = self.answers[:, 1:]
@@ -39,7 +42,8 @@ class MixedBatch:
             chosen = asked & (self.task == index)[:, None]
             if bool(chosen.any()):
                 parts[name] = loss[chosen].mean()
-        return {**parts, "text": loss[~asked].mean()}
+        told = ~asked & (self.task != self.names.index("repeats"))[:, None]
+        return {**parts, "text": loss[told].mean()} if bool(told.any()) else parts
 
 
 class Mixture:
