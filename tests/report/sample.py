@@ -8,8 +8,8 @@ from torch import Tensor
 
 from headwise.attend.addresses import Head, Layout
 from headwise.attend.head_map import HeadMap
-from headwise.report.document import report_document
 from headwise.report.html import sparse_rows
+from headwise.report.suggestions import suggest
 
 TEXT = """The lighthouse at Corran Point was kept by Ada Merrow, and after Ada Merrow by her brother Tobias. \
 Tobias Merrow wrote everything down: the wind, the oil, the ships. "A ship you do not write down," said Tobias, \
@@ -96,17 +96,25 @@ def head_map(words: list[str], *, seed: int = 0, model: str = "text") -> tuple[H
 def report_data(text: str = TEXT, *, examples: int = 3, model: str = "text") -> dict[str, Any]:
     words = tokens(text)
     found, maps = head_map(words, model=model)
-    found.source = f"headwise's own page, {len(words)} tokens"
-    return report_document(
-        found,
-        SENTENCES,
-        texts=[{"name": "A keeper's log", "tokens": words, "special": [0]}],
-        examples=[
+    return {
+        "model": model,
+        "source": f"headwise's own page, {len(words)} tokens",
+        "towers": LAYOUT.to_json(),
+        "probes": {
+            probe: {
+                "sentence": SENTENCES[probe],
+                "scores": {str(head): score for head, score in found.of(probe).items()},
+                "top": [str(head) for head in found.top(probe, 8)],
+                "try": suggest(probe, model="" if model == "text" else model),
+            }
+            for probe in SENTENCES
+        },
+        "texts": [{"name": "A keeper's log", "tokens": words, "special": [0]}],
+        "examples": [
             {"probe": probe, "head": str(head), "text": 0, "rows": sparse_rows(maps[head].float())}
             for probe in SENTENCES
             for head in found.top(probe, examples)
         ],
-        model_argument="" if model == "text" else model,
-        notes=["All rows were read, row 0 and padding excluded.", "One window; nothing was left out."],
-        versions={"torch": torch.__version__},
-    )
+        "notes": ["All rows were read, row 0 and padding excluded.", "One window; nothing was left out."],
+        "versions": {"torch": torch.__version__},
+    }

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from tests.report.sample import LAYOUT, head_map, report_data, tokens
 
 import headwise
-from headwise.attend.addresses import Head, Layout, Tower
+from headwise.attend.addresses import Head
 from headwise.attend.head_map import HeadMap
 from headwise.errors import InputError
-from headwise.report.document import report_document
 from headwise.report.html import compare, sparse_rows, write_report
 from headwise.report.suggestions import suggest
 
@@ -195,15 +194,10 @@ def test_suggestions_are_commands_for_this_model_and_map():
     assert suggest("something-new")[0]["command"].startswith("headwise steer --edit ablate --heads top:something-new:4")
 
 
-def test_a_scan_becomes_a_document():
-    towers = Layout((Tower("", (2,), (2,)), Tower("vision", (1,), (1,))))
-    table = {Head(0, 0): 3.0, Head(0, 1): 5.0, Head(0, 0, "vision"): 2.0}
-    scores = HeadMap({"distance": table, "induction": {Head(0, 1): 0.5}}, towers, model="m", source="a page")
-    document = report_document(scores, {"distance": "How far."}, map_path="heads.json", other=scores, notes=["n"])
-    distance = document["probes"]["distance"]
-    assert (distance["sentence"], distance["unit"], distance["range"]) == ("How far.", "tokens", [0, None])
-    assert {one["tower"] for one in distance["try"]} == {"", "vision"}
-    assert {one["tower"] for one in document["probes"]["induction"]["try"]} == {""}
-    assert all(one["command"].endswith("--map heads.json") for one in distance["try"])
-    assert document["comparison"]["probes"]["distance"]["scores"]["vision:0.0"] == 0
-    assert (document["model"], document["source"], document["notes"]) == ("m", "a page", ["n"])
+def test_known_probes_need_no_unit(tmp_path):
+    scores = {"0.0": 3.0}
+    probes = {"distance": {"scores": scores}, "mine": {"scores": scores}, "sink": {"scores": scores, "unit": "parts"}}
+    found = written(tmp_path, small(probes=probes))["probes"]
+    assert (found["distance"]["unit"], found["distance"]["range"]) == ("tokens", [0, None])
+    assert (found["mine"]["unit"], found["mine"]["range"]) == ("", None)
+    assert (found["sink"]["unit"], found["sink"]["range"]) == ("parts", [0, 1])

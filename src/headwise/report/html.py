@@ -10,7 +10,7 @@ The data of a report is a dict that JSON can hold:
     towers       ``Layout.to_json()``; the main tower first
     probes       {name: {
                      sentence   what a high score means, in one sentence
-                     unit       what the scores are ("share of attention", "nats"); may be missing
+                     unit       what the scores are ("share of attention", "nats"); may be missing for known probes
                      range      [low, high], either None; colours start at low; may be missing (then at 0)
                      scores     {head address: score or None}
                      top        addresses, strongest first; may be missing (then by score)
@@ -48,6 +48,26 @@ __all__ = ["compare", "sparse_rows", "write_report"]
 
 FLOOR = 0.005  # weights below it are never kept; the page says so
 DETAIL = ((16, FLOOR), (8, 0.01), (5, 0.02))  # keys a row and their least weight, tried until the page is small enough
+SHARE = ("share of attention", [0, 1])
+UNITS: dict[
+    str, tuple[str, Sequence[float | None]]
+] = {  # of the probes that come with headwise, for data that gives none
+    "sink": SHARE,
+    "sinks": SHARE,
+    "previous": SHARE,
+    "duplicate": SHARE,
+    "induction": SHARE,
+    "induction-repeat": SHARE,
+    "value-weighted-sink": ("share of what is moved", [0, 1]),
+    "entropy": ("share of the maximum", [0, 1]),
+    "entropy-nats": ("nats", [0, None]),
+    "distance": ("tokens", [0, None]),
+    "distance-share": ("share of the text so far", [0, 1]),
+    "contribution": ("share of what the layer writes", [0, None]),
+    "output-norm": ("norm", [0, None]),
+    "dormant": ("share of tokens", [0, 1]),
+    "retrieval": ("share of the copied tokens", [0, None]),
+}
 BUDGET = 900_000  # bytes of attention rows a page may hold, so that it stays below a megabyte
 
 
@@ -173,12 +193,13 @@ def _scores(scores: Mapping[str, Any], layout: Layout) -> dict[str, float | None
 
 def _probe(name: str, probe: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     where = f"report: probe {name!r}"
+    unit, limits = UNITS.get(name, ("", []))
     tries = probe.get("try") or []
     tries = [tries] if isinstance(tries, str | Mapping) else tries
     return {
         "sentence": str(probe.get("sentence") or ""),
-        "unit": str(probe.get("unit") or ""),
-        "range": list(probe["range"]) if probe.get("range") else None,
+        "unit": str(probe.get("unit") or unit),
+        "range": list(probe.get("range") or limits) or None,
         "scores": _scores(_field(probe, "scores", Mapping, where), layout),
         "top": [str(layout.check(Head.parse(str(head)))) for head in probe.get("top") or []],
         "try": [
