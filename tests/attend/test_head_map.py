@@ -133,6 +133,18 @@ def test_seeds_decide_the_draws():
     assert head_map().matched_random(heads, seed=1) != head_map().matched_random(heads, seed=2)
 
 
+def test_overlapping_controls_are_never_the_heads_themselves():
+    scores = HeadMap({"sink": {}}, Layout.of([4]))
+    heads = ["0.0", "0.1", "0.2"]
+    with pytest.raises(ValueError, match="layer 0 has 1 other heads to draw from but 3 are needed"):
+        scores.matched_random(heads)
+    sets = scores.matched_random(heads, overlap=True)
+    assert len(sets) == 3 and all(Head(0, 3) in found for found in sets)
+    assert len(scores.matched_random(heads, draws=2, overlap=True)) == 2
+    with pytest.raises(ValueError, match="the heads fill their layers"):
+        scores.matched_random(["0.*"], overlap=True)
+
+
 def test_controls_from_idle_heads_or_any_layer():
     scores = head_map()
     assert scores.matched_random(["3.0"], idle=["3.4", "0.1", "3.0"]) == [[Head(3, 4)]]

@@ -165,7 +165,10 @@ class HeadMap:
         if math.prod(math.comb(len(pool), count) for pool, count in pools) <= draws:
             subsets = itertools.product(*(itertools.combinations(pool, count) for pool, count in pools))
             every = [list(itertools.chain.from_iterable(parts)) for parts in subsets]
-            return [found for found in every if set(found) != set(chosen)]
+            others = [found for found in every if set(found) != set(chosen)]
+            if not others:
+                raise ValueError("matched_random: the heads fill their layers, no other set exists; choose fewer heads")
+            return others
         generator, sets = random.Random(seed), dict[tuple[Head, ...], None]()
         while len(sets) < draws:
             parts = (sorted(generator.sample(pool, count)) for pool, count in pools)
