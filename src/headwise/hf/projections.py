@@ -85,14 +85,15 @@ def head_writes(projection: nn.Module, heads: int) -> Float[Tensor, "h e c"]:
         matrix = weight  # stored inputs first
     else:  # quantised, adapted, parallel: whatever it is, it is linear, so its action on a basis is its matrix
         basis = torch.eye(width, dtype=_compute_dtype(projection), device=_device(projection))
-        matrix = projection(basis) - projection(torch.zeros_like(basis[:1]))
+        # Its forward, not a call: hooks on it are for the model's runs.
+        matrix = projection.forward(basis) - projection.forward(torch.zeros_like(basis[:1]))
     return matrix.reshape(heads, width // heads, -1)
 
 
 def projection_bias(projection: nn.Module) -> Float[Tensor, " c"]:
     """What an output projection adds whatever the heads do; zeros when it has no bias."""
     zeros = torch.zeros(1, _features(projection)[0], dtype=_compute_dtype(projection), device=_device(projection))
-    return projection(zeros)[0]
+    return projection.forward(zeros)[0]
 
 
 def _first_int(owner: Any, names: tuple[str, ...]) -> int:
