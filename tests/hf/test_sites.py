@@ -9,7 +9,7 @@ from torch import nn
 
 from headwise.errors import UnsupportedModel
 from headwise.hf.projections import attention_shape, head_writes, projection_bias
-from headwise.hf.sites import Site, record, replace, sites
+from headwise.hf.sites import Site, find_sites, record, replace
 
 # Towers whose layers norm the stream itself (or run one layer for all), and those that need pictures to run at all.
 REFUSED = {"bert": [""], "roberta": [""], "albert": [""], "distilbert": [""], "bart": ["decoder", "encoder"]}
@@ -25,7 +25,7 @@ def length_of(name):
 
 def proved(name, tower, model, inputs):
     given = inputs if name in NEEDS_INPUTS and tower == "vision" else None
-    return sites(model, tower=tower, inputs=given)
+    return find_sites(model, tower=tower, inputs=given)
 
 
 @pytest.mark.parametrize(("name", "tower"), PROVED)
@@ -52,7 +52,7 @@ def test_embedding_and_all_writes_are_the_final_residual(name, tower):
 def test_streams_that_are_not_only_added_to_are_refused_by_name(name, tower):
     model = FAMILIES[name].build()
     with pytest.raises(UnsupportedModel, match=type(model).__name__):
-        sites(model, tower=tower)
+        find_sites(model, tower=tower)
 
 
 def test_a_write_between_layers_is_refused():
@@ -60,7 +60,7 @@ def test_a_write_between_layers_is_refused():
     family = FAMILIES["qwen3_vl"]
     model = family.build()
     with pytest.raises(UnsupportedModel, match="something else writes"):
-        sites(model).prove(family.inputs(model, length=24))
+        find_sites(model).prove(family.inputs(model, length=24))
 
 
 @pytest.mark.parametrize(("name", "tower"), PROVED)
@@ -87,7 +87,7 @@ def test_what_is_recorded_is_what_the_model_passes_on(name):
     """The final residual goes through the norm and the unembedding to the logits; a stream adds what is written."""
     family = FAMILIES[name]
     model = family.build()
-    found = sites(model)
+    found = find_sites(model)
     inputs = family.inputs(model, length=length_of(name))
     if name == "qwen3_vl":
         inputs = {"input_ids": inputs["input_ids"].masked_fill(inputs["input_ids"] == 3, 9)}
@@ -110,7 +110,7 @@ def test_replacing_by_the_same_value_changes_nothing(name):
     family = FAMILIES[name]
     model = family.build()
     inputs = family.inputs(model, length=length_of(name))
-    found = sites(model)
+    found = find_sites(model)
     with torch.no_grad():
         before = model(**inputs)[0]
         with replace(model, dict.fromkeys(found.all(), lambda value: value)):
@@ -128,7 +128,7 @@ def test_replaced_writes_reach_the_final_residual(name):
     inputs = family.inputs(model, length=length_of(name))
     if name == "qwen3_vl":
         inputs = {"input_ids": inputs["input_ids"].masked_fill(inputs["input_ids"] == 3, 9)}
-    found = sites(model)
+    found = find_sites(model)
     values = {site: float(index + 1) for index, site in enumerate(found.writes())}
     with torch.no_grad(), replace(model, values), record(model, ["residual:0", "final"]) as seen:
         model(**inputs)
@@ -204,7 +204,7 @@ def test_recording_while_generating(name):
 
 def test_sites_are_read_and_checked():
     model = FAMILIES["qwen3_next"].build()
-    found = sites(model)
+    found = find_sites(model)
     assert [str(site) for site in found.select("mlp:*")] == ["mlp:0", "mlp:1"]
     assert [str(site) for site in found.select(["mixer", "heads"])] == ["mixer:0", "heads:1"]
     assert found.select("final") == [Site("final")]
@@ -241,15 +241,15 @@ def test_messages_of_replacements_that_do_not_fit():
 
 def test_sites_of_another_model_are_refused():
     one, other = FAMILIES["llama"].build(), FAMILIES["llama"].build()
-    with pytest.raises(ValueError, match="belong to another LlamaForCausalLM"), record(one, sites(other)):
+    with pytest.raises(ValueError, match="belong to another LlamaForCausalLM"), record(one, find_sites(other)):
         pass
 
 
 def test_towers_without_inputs_of_their_own_say_so():
     with pytest.raises(ValueError, match="cannot make up inputs for tower 'vision' of Qwen2VL"):
-        sites(FAMILIES["qwen2_vl"].build(), tower="vision")
+        find_sites(FAMILIES["qwen2_vl"].build(), tower="vision")
     with pytest.raises(ValueError, match="tower: 'audio' is none of this model's"):
-        sites(FAMILIES["llama"].build(), tower="audio")
+        find_sites(FAMILIES["llama"].build(), tower="audio")
 
 
 def test_proving_leaves_the_model_as_it_was():
@@ -258,7 +258,7 @@ def test_proving_leaves_the_model_as_it_was():
     model.train()
     model.transformer.h[0].eval()
     modes = [module.training for module in model.modules()]
-    worker = threading.Thread(target=sites, args=(model,))
+    worker = threading.Thread(target=find_sites, args=(model,))
     worker.start()
     worker.join()
     assert [module.training for module in model.modules()] == modes
@@ -266,19 +266,19 @@ def test_proving_leaves_the_model_as_it_was():
 
 def test_half_precision_is_proved_to_its_own_rounding():
     model = FAMILIES["llama"].build().bfloat16()
-    assert sites(model).error < 0.02
+    assert find_sites(model).error < 0.02
 
 
 def test_a_second_look_does_not_run_the_model_again():
     model = FAMILIES["llama"].build()
-    sites(model)
+    find_sites(model)
     runs = []
     handle = model.register_forward_hook(lambda *_: runs.append(1))
-    sites(model)
+    find_sites(model)
     handle.remove()
     assert not runs
     model.model.layers[0].mlp = nn.Sequential(model.model.layers[0].mlp)
-    assert sites(model).layers[0].mlp is model.model.layers[0].mlp, "a changed model is looked at anew"
+    assert find_sites(model).layers[0].mlp is model.model.layers[0].mlp, "a changed model is looked at anew"
 
 
 def test_the_zoo_says_which_families_are_proved():

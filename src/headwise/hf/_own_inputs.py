@@ -33,7 +33,7 @@ def own_inputs(model: PreTrainedModel, tower: str, path: str) -> tuple[dict[str,
     if not given:
         raise ValueError(
             f"sites: headwise cannot make up inputs for tower {tower!r} of {type(model).__name__}; "
-            "give some, as in sites(model, tower=..., inputs=processor(...))"
+            "give some, as in find_sites(model, tower=..., inputs=processor(...))"
         )
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepts:
         given["decoder_input_ids"] = _some_tokens(config)

@@ -34,7 +34,7 @@ from headwise.hf._residual import LayerRecipe, Place, Recipe, evaluating, find_r
 from headwise.hf.addresses import attention_modules, layer_paths, unwrap
 from headwise.hf.projections import attention_shape, output_projection
 
-__all__ = ["LayerSites", "Recording", "Site", "Sites", "record", "replace", "sites"]
+__all__ = ["LayerSites", "Recording", "Site", "Sites", "find_sites", "record", "replace"]
 
 KINDS = (
     "residual", "attention", "cross", "mixer", "mlp", "heads", "projection", "cross-heads", "cross-projection", "final",
@@ -79,7 +79,7 @@ class LayerSites:
 
 
 class Sites:
-    """The sites of one tower of a model whose residual identity was proved. Made by `sites`."""
+    """The sites of one tower of a model whose residual identity was proved. Made by `find_sites`."""
 
     def __init__(self, model: PreTrainedModel, tower: str, recipe: Recipe, error: float) -> None:
         self.model, self.tower, self.error = model, tower, error
@@ -255,7 +255,7 @@ _RECIPES: "weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[str, int], tupl
 )
 
 
-def sites(model: nn.Module, *, tower: str | None = None, inputs: Mapping[str, Any] | None = None) -> Sites:
+def find_sites(model: nn.Module, *, tower: str | None = None, inputs: Mapping[str, Any] | None = None) -> Sites:
     """The sites of a tower (None: the main one), proved by running the model once on a few tokens of its own.
 
     inputs: run on these instead, for towers whose inputs headwise cannot make up.
@@ -319,10 +319,10 @@ def _recording(found: Sites, wanted: list[Site], every: bool = False) -> Iterato
 
 def _resolve(model: nn.Module, chosen: Any, tower: str | None) -> Sites:
     if not isinstance(chosen, Sites):
-        return sites(model, tower=tower)
+        return find_sites(model, tower=tower)
     if chosen.model is not unwrap(model):
         raise ValueError(
-            f"sites: these belong to another {type(chosen.model).__name__} object; make them anew with sites(model)"
+            f"sites: these belong to another {type(chosen.model).__name__} object; make them anew with find_sites(model)"
         )
     return chosen
 
