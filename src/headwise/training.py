@@ -71,7 +71,7 @@ def trapezoid(warmup: int = 100, decay: float = 0.5, final: float = 0.0) -> Sche
 
 @dataclass
 class History:
-    """What a run did: the loss of every step (fit_seeds: a list per step), the logged figures, seconds of clock and CPU."""
+    """What a run did: the loss of every step (fit_seeds: a list of them), logged figures, seconds of clock and CPU."""
 
     losses: list[Any] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)

@@ -71,7 +71,7 @@ def measure(model: nn.Module, text: BigramBackcopy, *, seed: int = 10_000, seque
     Rows 0 and 1 are left out: row 0 sees only itself, and row 1 has BOS as the token before.
     """
     ids = text.sample(sequences, torch.Generator().manual_seed(seed))
-    values: list[Tensor] = []
+    values: list[Any] = []
     decoder = model.get_submodule("model.decoder.layers")
     handles = [
         layer.get_submodule("self_attn.v_proj").register_forward_hook(lambda _, __, out: values.append(out))

@@ -58,7 +58,7 @@ def build(vocabulary: int = VOCABULARY, positions: int = POSITIONS) -> nn.Module
         bos_token_id=0,
         eos_token_id=None,
     )
-    model = GPT2LMHeadModel(config)
+    model: Any = GPT2LMHeadModel(config)
     token, position = 0, vocabulary
     previous, output = position + positions, position + positions + vocabulary
     size = hidden // 2

@@ -59,7 +59,7 @@ def build(vocabulary: int = VOCABULARY, positions: int = POSITIONS) -> nn.Module
         bos_token_id=0,
         eos_token_id=None,
     )
-    model = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
     half = size // 2  # transformers pairs entry i with entry i + half; pair i turns by THETA ** (-i / half) a position
     slow = half - vocabulary
     token, previous, output = 0, vocabulary, 2 * vocabulary

@@ -16,12 +16,9 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from headwise.errors import InputError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 __all__ = [
     "Specimen",
@@ -45,7 +42,7 @@ class Specimen:
     """
 
     name: str
-    model: "nn.Module"
+    model: Any
     tokenizer: Any
     card: dict[str, Any] = field(default_factory=dict)
     head_map: Path | None = None
