@@ -55,7 +55,8 @@ def main(names: list[str]) -> None:
         print(f"{script.stem}: {', '.join(dependencies(script))}", flush=True)
         out = FIXTURES / f"{script.stem}.safetensors"
         quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_MODE": "disabled"}
-        subprocess.run([environment(script), script, out], check=True, env=os.environ | quiet)
+        # -P: a script named after its peer must not be imported in its place.
+        subprocess.run([environment(script), "-P", script, out], check=True, env=os.environ | quiet)
         print(f"  wrote {out.relative_to(ROOT)}, {out.stat().st_size // 1024} KiB")
 
 

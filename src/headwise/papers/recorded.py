@@ -51,7 +51,8 @@ def own_files(record: RecordFile) -> dict[str, str]:
         found[str(path.relative_to(PACKAGE).as_posix())] = _sha(path.read_bytes())
     for name in record.paper.specimens:
         files = sorted(path for path in (PACKAGE / "specimens" / "weights" / name).rglob("*") if path.is_file())
-        for path in files or [PACKAGE / "specimens" / f"{name}.py"]:
+        # A specimen that is built by code has no weights: its module stands for it.
+        for path in files or [PACKAGE / "specimens" / f"{name.replace('-', '_')}.py"]:
             if not path.is_file():
                 raise ValueError(f"{record.path}: specimens names {name}, which is not there; mend the record")
             found[str(path.relative_to(PACKAGE).as_posix())] = _sha(path.read_bytes())

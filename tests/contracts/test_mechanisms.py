@@ -1,0 +1,74 @@
+"""The contract of `attention`, applied to every module that it exports, and to itself."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tests.contracts.discovery import exported, make
+from tests.contracts.mechanisms import CONTRACT
+from torch import Tensor, nn
+
+MODULES = exported("attention", nn.Module)
+
+
+def example(cls: type[nn.Module]) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return make(cls).eval(), torch.randn(3, 13, 32)
+
+
+@pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("cls", MODULES, ids=lambda cls: cls.__name__)
+def test_contract(cls: type[nn.Module], check: Callable[[nn.Module, Tensor], None]):
+    check(*example(cls))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", MODULES, ids=lambda cls: cls.__name__)
+def test_compiled_equals_eager(cls: type[nn.Module]):
+    module, x = example(cls)
+    torch.testing.assert_close(torch.compile(module)(x), module(x), atol=1e-5, rtol=1e-4)
+
+
+class Causal(nn.Module):
+    """Plain causal attention: passes. Its flaws below each break one rule."""
+
+    is_causal = True
+    flaw = ""
+
+    def __init__(self, embed_dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv, self.out = nn.Linear(embed_dim, 3 * embed_dim), nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        b, t, c = x.shape
+        if self.flaw == "changes its input" and b:
+            x[0] = x[0] * 2
+        if self.flaw == "mixes items" and b:
+            x = x + x.mean(0, keepdim=True)
+        q, k, v = self.qkv(x).view(b, t, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
+        mask = torch.ones(t, t, dtype=torch.bool).tril()
+        if self.flaw == "sees the future":
+            mask = torch.ones(t, t, dtype=torch.bool)
+        if key_mask is not None and self.flaw != "ignores the mask":
+            mask = (mask & key_mask[:, None, None, :]) | torch.eye(t, dtype=torch.bool)
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(out.transpose(1, 2).reshape(b, t, c))
+
+
+@pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)
+def test_a_sound_mechanism_passes(check: Callable[[nn.Module, Tensor], None]):
+    check(*example(Causal))
+
+
+@pytest.mark.parametrize("flaw", ["changes its input", "mixes items", "sees the future", "ignores the mask"])
+def test_a_flaw_is_seen(flaw: str):
+    def fails(check: Callable[[nn.Module, Tensor], None]) -> bool:
+        module, x = example(type("Flawed", (Causal,), {"flaw": flaw}))
+        try:
+            check(module, x)
+        except AssertionError:
+            return True
+        return False
+
+    assert any(fails(check) for check in CONTRACT)
