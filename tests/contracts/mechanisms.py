@@ -1,7 +1,7 @@
 """What every mechanism of `attention` must pass, as functions of a module and an input.
 
-A mechanism maps ``x`` `(b t c)` to the same shape, takes ``key_mask`` `(b t)` (True = may be attended) where it says so
-in its signature, and is causal where its class says ``is_causal = True``.
+A mechanism maps ``x`` `(b t c)` to the same shape, takes ``attention_mask`` `(b t)` (True = real token) where its
+signature says so, and is causal where its ``is_causal`` is True; one that can be either is tested as both.
 """
 
 import copy
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def takes_mask(module: nn.Module) -> bool:
-    return "key_mask" in inspect.signature(module.forward).parameters
+    return "attention_mask" in inspect.signature(module.forward).parameters
 
 
 def shape_and_dtype_are_kept(module: nn.Module, x: Tensor) -> None:
@@ -46,10 +46,10 @@ def masked_keys_have_no_influence(module: nn.Module, x: Tensor) -> None:
     mask[:, 2:5] = False
     shown = mask[0]
     other = x.clone().requires_grad_()
-    out = module(other, key_mask=mask)[:, shown]
+    out = module(other, attention_mask=mask)[:, shown]
     changed = x.clone()
     changed[:, ~shown] = 50 * torch.randn_like(changed[:, ~shown])
-    torch.testing.assert_close(module(changed, key_mask=mask)[:, shown], out, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(module(changed, attention_mask=mask)[:, shown], out, atol=1e-5, rtol=1e-4)
     (gradient,) = torch.autograd.grad(out.square().sum(), other)
     assert not gradient[:, ~shown].any(), "a masked key has a gradient"
 

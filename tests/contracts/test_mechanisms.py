@@ -1,5 +1,6 @@
 """The contract of `attention`, applied to every module that it exports, and to itself."""
 
+import inspect
 from collections.abc import Callable
 
 import pytest
@@ -8,24 +9,34 @@ from tests.contracts.discovery import exported, make
 from tests.contracts.mechanisms import CONTRACT
 from torch import Tensor, nn
 
-MODULES = exported("attention", nn.Module)
+Options = dict[str, bool]
 
 
-def example(cls: type[nn.Module]) -> tuple[nn.Module, Tensor]:
+def cases(cls: type[nn.Module]) -> list[tuple[type[nn.Module], Options]]:
+    """A mechanism that can be causal or not is tested as both."""
+    both = "is_causal" in inspect.signature(cls).parameters
+    return [(cls, {"is_causal": causal}) for causal in (True, False)] if both else [(cls, {})]
+
+
+CASES = [case for cls in exported("attention", nn.Module) for case in cases(cls)]
+IDS = [" ".join([cls.__name__, *(f"{name}={value}" for name, value in given.items())]) for cls, given in CASES]
+
+
+def example(cls: type[nn.Module], given: Options) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    return make(cls).eval(), torch.randn(3, 13, 32)
+    return make(cls, **given).eval(), torch.randn(3, 13, 32)
 
 
 @pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("cls", MODULES, ids=lambda cls: cls.__name__)
-def test_contract(cls: type[nn.Module], check: Callable[[nn.Module, Tensor], None]):
-    check(*example(cls))
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_contract(case: tuple[type[nn.Module], Options], check: Callable[[nn.Module, Tensor], None]):
+    check(*example(*case))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cls", MODULES, ids=lambda cls: cls.__name__)
-def test_compiled_equals_eager(cls: type[nn.Module]):
-    module, x = example(cls)
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_compiled_equals_eager(case: tuple[type[nn.Module], Options]):
+    module, x = example(*case)
     torch.testing.assert_close(torch.compile(module)(x), module(x), atol=1e-5, rtol=1e-4)
 
 
@@ -40,7 +51,7 @@ class Causal(nn.Module):
         self.num_heads = num_heads
         self.qkv, self.out = nn.Linear(embed_dim, 3 * embed_dim), nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         b, t, c = x.shape
         if self.flaw == "changes its input" and b:
             x[0] = x[0] * 2
@@ -50,21 +61,21 @@ class Causal(nn.Module):
         mask = torch.ones(t, t, dtype=torch.bool).tril()
         if self.flaw == "sees the future":
             mask = torch.ones(t, t, dtype=torch.bool)
-        if key_mask is not None and self.flaw != "ignores the mask":
-            mask = (mask & key_mask[:, None, None, :]) | torch.eye(t, dtype=torch.bool)
+        if attention_mask is not None and self.flaw != "ignores the mask":
+            mask = (mask & attention_mask[:, None, None, :]) | torch.eye(t, dtype=torch.bool)
         out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(out.transpose(1, 2).reshape(b, t, c))
 
 
 @pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)
 def test_a_sound_mechanism_passes(check: Callable[[nn.Module, Tensor], None]):
-    check(*example(Causal))
+    check(*example(Causal, {}))
 
 
 @pytest.mark.parametrize("flaw", ["changes its input", "mixes items", "sees the future", "ignores the mask"])
 def test_a_flaw_is_seen(flaw: str):
     def fails(check: Callable[[nn.Module, Tensor], None]) -> bool:
-        module, x = example(type("Flawed", (Causal,), {"flaw": flaw}))
+        module, x = example(type("Flawed", (Causal,), {"flaw": flaw}), {})
         try:
             check(module, x)
         except AssertionError:
