@@ -1,4 +1,4 @@
-"""The `backcopy-deep` specimen: `backcopy` with three layers; the first builds the peak, the second the sink."""
+"""The `backcopy-deep` specimen: `backcopy` with three layers, of which one takes the copying (here the first)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from headwise.specimens import backcopy
 
 NAME = "backcopy-deep"
-SUMMARY = "three layers of one head on Bigram-Backcopy text: the middle head is the active-dormant one"
+SUMMARY = "three layers of one head on Bigram-Backcopy text: head 0.0 is active-dormant, the two after it have little to do"
 LAYERS, STEPS = 3, 1200
 CHECKPOINTS = (0, 200, 400, 800)
 
