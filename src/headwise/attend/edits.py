@@ -6,7 +6,7 @@ Methods in `headwise.steering` are made of these.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -99,6 +99,7 @@ def _at_rows(value: Tensor, call: Call) -> Tensor:
     return value[..., call.row_offset : call.row_offset + t, :]
 
 
+@runtime_checkable
 class HeadStatistics(Protocol):
     """Outputs of heads on other text, such as a `HeadOutputs` probe has read."""
 
