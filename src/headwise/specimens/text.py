@@ -29,9 +29,9 @@ TOKENS = 3072  # of one step, about
 # (steps, share of each task's sequences, lengths with their weights): short ones first
 PHASES: list[tuple[int, dict[str, float], dict[int, float]]] = [
     (600, {"text": 0.20, "repeats": 0.45, "segments": 0.15, "needles": 0.20}, {64: 1, 96: 2}),
-    (900, {"text": 0.25, "repeats": 0.25, "segments": 0.15, "needles": 0.35}, {128: 1}),
-    (400, {"text": 0.25, "repeats": 0.20, "segments": 0.15, "needles": 0.40}, {128: 2, 256: 1}),
-    (300, {"text": 0.25, "repeats": 0.20, "segments": 0.15, "needles": 0.40}, {128: 2, 256: 2, 512: 1}),
+    (1040, {"text": 0.25, "repeats": 0.25, "segments": 0.15, "needles": 0.35}, {128: 1}),
+    (510, {"text": 0.25, "repeats": 0.20, "segments": 0.15, "needles": 0.40}, {128: 2, 256: 1}),
+    (410, {"text": 0.25, "repeats": 0.20, "segments": 0.15, "needles": 0.40}, {128: 2, 256: 2, 512: 1}),
 ]
 WEIGHTS = {"text": 1.0, "repeats": 0.5, "segments": 0.5, "needles": 1.0}  # of the task means in the loss
 EVALUATED_LENGTHS = (96, 128, 256, 512)
