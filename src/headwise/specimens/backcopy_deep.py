@@ -7,7 +7,7 @@ from typing import Any
 from headwise.specimens import backcopy
 
 NAME = "backcopy-deep"
-SUMMARY = "three layers of one head on Bigram-Backcopy text: head 0.0 is active-dormant, the two after it have little to do"
+SUMMARY = "three layers of one head on Bigram-Backcopy text: head 0.0 is active-dormant, the others near idle"
 LAYERS, STEPS = 3, 1200
 CHECKPOINTS = (0, 200, 400, 800)
 
