@@ -384,7 +384,7 @@ def families(**facts: Any) -> list[str]:
     return [name for name, family in FAMILIES.items() if all(getattr(family, k) == v for k, v in facts.items())]
 
 
-OFF_INTERFACE: dict[str, Callable[[], nn.Module]] = {
+OFF_INTERFACE: dict[str, Callable[[], Any]] = {
     "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=1, n_head=4)),
     "gpt_neo": lambda: hf.GPTNeoForCausalLM(
         hf.GPTNeoConfig(
