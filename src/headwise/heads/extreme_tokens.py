@@ -157,7 +157,7 @@ def extreme_tokens(
         stack.enter_context(probe(model, extremes))
         model(**given)
         if kept:
-            peak = torch.stack([_ratio(states, real, sink) for part in kept for states in part.values()])
+            peak = torch.stack([_ratio(states, real, sink) for part in kept for _, states in part.items()])
     scores: dict[str, dict[Head, float | None]] = {"sink": {}, "drain": {}, "dormant": {}}
     for head in places.heads(name):
         place = (head.tower, head.layer)
