@@ -40,7 +40,10 @@ def context_length(model: nn.Module, tokenizer: Any = None) -> int | None:
 def vocabulary_size(model: nn.Module) -> int:
     """How many token ids the model's embedding knows."""
     find: Any = getattr(model, "get_input_embeddings", None)
-    weight = getattr(find(), "weight", None) if find is not None else None
+    try:
+        weight = getattr(find(), "weight", None) if find is not None else None
+    except NotImplementedError:  # models of several towers, such as CLIP, have no one table
+        weight = None
     return int(weight.shape[0]) if isinstance(weight, Tensor) else int(_text_config(model).vocab_size)
 
 

@@ -1,0 +1,1 @@
+"""The commands of `headwise`, one file each; `headwise.cli` puts them together."""
