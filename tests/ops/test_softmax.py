@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headwise.ops.softmax import merge
+from headwise.ops.softmax import log_sum_exp, merge
 
 
 def parts(scores, values, owner, count):
@@ -73,3 +73,18 @@ def test_refusals():
         merge([], [])
     with pytest.raises(ValueError, match="1 outputs and 2 log-masses"):
         merge([torch.zeros(1, 1)], [torch.zeros(1)] * 2)
+
+
+def test_log_sum_exp_equals_torch_where_something_is_seen():
+    x = torch.randn(4, 5, dtype=torch.float64).masked_fill(torch.rand(4, 5) > 0.6, -torch.inf)
+    x[:, 0] = 0
+    for dim in (0, -1):
+        assert torch.equal(log_sum_exp(x, dim), x.logsumexp(dim))
+        assert torch.equal(log_sum_exp(x, dim, keepdim=True), x.logsumexp(dim, keepdim=True))
+
+
+def test_log_sum_exp_of_nothing_has_gradient_zero():
+    x = torch.full((2, 3), -torch.inf, requires_grad=True)
+    total = log_sum_exp(x)
+    total.exp().sum().backward()
+    assert total.tolist() == [-torch.inf] * 2 and x.grad is not None and not x.grad.any()

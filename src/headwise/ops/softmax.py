@@ -10,7 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["merge"]
+__all__ = ["log_sum_exp", "merge"]
+
+
+def log_sum_exp(x: Tensor, dim: int = -1, *, keepdim: bool = False) -> Tensor:
+    """log sum exp(x); -inf where all of x is -inf, with gradient 0 there (torch's is nan)."""
+    empty = (x == -torch.inf).all(dim, keepdim=True)
+    total = x.masked_fill(empty, 0).logsumexp(dim, keepdim=True).masked_fill(empty, -torch.inf)
+    return total if keepdim else total.squeeze(dim)
 
 
 def merge(
