@@ -27,7 +27,7 @@ DECAY = 0.05
 WARM_UP = 100
 TOKENS = 3072  # of one step, about
 # (steps, share of each task's sequences, lengths with their weights): short ones first
-PHASES: list[tuple[int, dict[str, float], dict[int, float]]] = [
+PHASES: list[tuple[int, dict[str, float], dict[int, int]]] = [
     (600, {"text": 0.20, "repeats": 0.45, "segments": 0.15, "needles": 0.20}, {64: 1, 96: 2}),
     (1040, {"text": 0.25, "repeats": 0.25, "segments": 0.15, "needles": 0.35}, {128: 1}),
     (510, {"text": 0.25, "repeats": 0.20, "segments": 0.15, "needles": 0.40}, {128: 2, 256: 1}),
@@ -102,7 +102,7 @@ def build_tokenizer(sources: list[Any], seed: int = 0) -> Any:
     )
 
 
-def plan(step: int, phases: list[Any]) -> tuple[dict[str, float], dict[int, float]]:
+def plan(step: int, phases: list[Any]) -> tuple[dict[str, float], dict[int, int]]:
     """Which tasks and lengths a step draws from."""
     for count, *rest in phases:
         if step < count:
