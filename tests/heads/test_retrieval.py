@@ -10,8 +10,8 @@ from headwise.attend.addresses import Head
 from headwise.attend.edits import Ablate, EditRows
 from headwise.attend.head_map import HeadMap
 from headwise.errors import UnsupportedModel
-from headwise.heads.decoding import decode, greedy_answers
-from headwise.heads.retrieval import StrongestKeys, copy_scores, retrieval_scores
+from headwise.heads.decoding import decode, forced_answers, greedy_answers
+from headwise.heads.retrieval import StrongestKeys, copy_hits, copy_scores, retrieval_scores
 from headwise.hf.addresses import layout
 from headwise.hf.session import probe, steer
 from headwise.specimens import planted, planted_llama
@@ -177,6 +177,27 @@ def test_teacher_forced_scores_are_those_of_decoding(name):
     forced = copy_scores(model, prompts, said, **options).runs["retrieval"]
     for one, other in zip(decoded, forced, strict=True):
         assert one == pytest.approx(other, abs=1e-12)
+
+
+def test_single_hits_add_up_to_the_scores():
+    model, prompts = planted_llama.build(), needles()
+    found = copy_hits(model, prompts)
+    scores = copy_scores(model, prompts).runs["retrieval"]
+    for prompt, (said, hits), run in zip(prompts, found, scores, strict=True):
+        assert said == tokens_of(prompt)[1]
+        assert {head: float(at.double().mean()) for head, at in hits.items()} == pytest.approx(run)
+        assert bool(hits[planted_llama.INDUCTION].all())
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+def test_forced_answers_are_the_choices_of_an_unpadded_forward(name):
+    model = FAMILIES[name].build()
+    drawn = [words(1, n, torch.Generator().manual_seed(n))[0] for n in (17, 9, 12)]
+    prompts, targets = [text[:-4] for text in drawn], [text[-4:].tolist()[: 2 + row] for row, text in enumerate(drawn)]
+    for prompt, target, said in zip(prompts, targets, forced_answers(model, prompts, targets), strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.cat([prompt, torch.tensor(target)])[None]).logits[0]
+        assert said == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
 
 
 def test_batching_changes_nothing():

@@ -1,7 +1,7 @@
-"""Prompts and greedy answers: what reading a model while it answers needs, whatever is read.
+"""Prompts and answers: what reading a model while it answers needs, whatever is read.
 
-Prompts of different lengths run together, padded on the left; answers are decoded token by token, so that each step can
-be read or edited.
+Prompts of different lengths run together, padded on the left. Answers are decoded greedily, token by token, so that
+each step can be read or edited; or they are put in the model's mouth, and one forward tells what it would have said.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ from headwise.hf.inputs import context_length, takes, vocabulary_size
 from headwise.hf.session import probe
 from headwise.tasks.needles import Needle
 
-__all__ = ["greedy_answers"]
+__all__ = ["forced_answers", "greedy_answers"]
 
 Span = tuple[int, int]
 Prompt = Needle | Int[Tensor, " _"] | Sequence[int]  # an axis without a name: prompts differ in length
@@ -62,6 +62,46 @@ def greedy_answers(
         for case, answer in zip(batch, answers, strict=True):
             found[case.number] = answer
     return found
+
+
+def forced_answers(
+    model: nn.Module,
+    prompts: Sequence[Prompt] | Int[Tensor, "b t"],
+    targets: Sequence[Int[Tensor, " _"] | Sequence[int]],
+    *,
+    batch_tokens: int = 16384,
+) -> list[list[int]]:
+    """What the model would say at every token of the targets, the prompt and the target's tokens before it given.
+
+    One forward for a batch of prompts; with edits open it measures how often answers stay right without decoding them.
+    """
+    where = "forced_answers"
+    cases = checked_cases(where, model, prompts, None, need_spans=False)
+    told = checked_targets(where, targets, len(cases), vocabulary_size(model))
+    found: list[list[int]] = [[] for _ in cases]
+    for batch in batched(cases, batch_tokens, max(map(len, told))):
+        wanted = [told[case.number] for case in batch]
+        answers, _ = force(model, [case.ids for case in batch], wanted)
+        for case, answer in zip(batch, answers, strict=True):
+            found[case.number] = answer
+    return found
+
+
+def force(
+    model: nn.Module, prompts: list[Tensor], targets: list[Tensor], reader: Probe | None = None
+) -> tuple[list[list[int]], list[int]]:
+    """As `decode`, with the targets fed instead of the answers: the rows of a target are the last ones of its text."""
+    fed = [torch.cat([prompt, target[:-1]]) for prompt, target in zip(prompts, targets, strict=True)]
+    check_room(model, fed)
+    ids, real = left_padded(fed, embedding_device(model))
+    given = arguments(model, ids, real)
+    last = max(map(len, targets))
+    if takes(unwrap(model), "logits_to_keep"):
+        given["logits_to_keep"] = last
+    with torch.no_grad(), nullcontext() if reader is None else probe(model, reader):
+        said = model(**given).logits[:, -last:].argmax(-1).cpu()
+    answers = [said[row, -len(target) :].tolist() for row, target in enumerate(targets)]
+    return answers, [ids.shape[1] - len(text) for text in fed]
 
 
 def decode(
@@ -228,3 +268,10 @@ def stop_ids(where: str, model: nn.Module, stop: int | Iterable[int] | None) -> 
     if any(token < 0 for token in ids):
         raise ValueError(f"{where}: stop is {sorted(ids)}; give token ids of 0 or more, or [] to never stop")
     return ids
+
+
+def checked_targets(where: str, targets: Any, count: int, size: int) -> list[Int[Tensor, " _"]]:
+    given = list(targets)
+    if len(given) != count:
+        raise ValueError(f"{where}: {count} prompts but {len(given)} targets; give one for each prompt")
+    return [checked_ids(f"{where}: target {number}", target, size) for number, target in enumerate(given)]

@@ -22,23 +22,19 @@ from headwise.heads.decoding import (
     Case,
     Prompt,
     Span,
-    arguments,
     batched,
-    check_room,
     checked_cases,
-    checked_ids,
+    checked_targets,
     decode,
-    embedding_device,
-    left_padded,
+    force,
     stop_ids,
 )
-from headwise.hf.addresses import layout, unwrap
-from headwise.hf.inputs import takes, vocabulary_size
-from headwise.hf.session import probe
+from headwise.hf.addresses import layout
+from headwise.hf.inputs import vocabulary_size
 from headwise.tasks.needles import unigram_recall
 from headwise.tasks.rouge import rouge1_recall
 
-__all__ = ["StrongestKeys", "copy_scores", "retrieval_scores"]
+__all__ = ["StrongestKeys", "copy_hits", "copy_scores", "retrieval_scores"]
 
 PROBE = "retrieval"
 
@@ -92,14 +88,14 @@ def retrieval_scores(
     if max_new_tokens < 1:
         raise ValueError(f"{where}: max_new_tokens is {max_new_tokens}; expected at least 1")
 
-    def run(cases: list[Case]) -> Iterator[tuple[list[int], list[int], Tensor]]:
+    def run(cases: list[Case]) -> Iterator[_Run]:
         reader = StrongestKeys()
         answers, padding = decode(model, [case.ids for case in cases], max_new_tokens, ends, reader)
         keys = reader.positions(task.layout)
         for row, answer in enumerate(answers):
-            yield answer, answer, keys[row, :, : len(answer)] - padding[row]
+            yield _Run(answer, torch.tensor(answer), keys[row, :, : len(answer)] - padding[row])
 
-    return task.score(run, batch_tokens, extra=max_new_tokens)
+    return task.score(run, batch_tokens, max_new_tokens)
 
 
 def copy_scores(
@@ -124,28 +120,31 @@ def copy_scores(
     """
     where = "copy_scores"
     task = _Task.of(where, model, prompts, spans, tokenizer, min_recall, unique)
-    told = _targets(where, task, targets, vocabulary_size(model))
+    told = task.targets(targets, vocabulary_size(model))
+    return task.score(lambda cases: _forced_keys(model, task.layout, cases, told), batch_tokens, max(map(len, told)))
 
-    @torch.no_grad()
-    def run(cases: list[Case]) -> Iterator[tuple[list[int], list[int], Tensor]]:
-        wanted = [told[case.number] for case in cases]
-        last = max(map(len, wanted))
-        fed = [torch.cat([case.ids, target[:-1]]) for case, target in zip(cases, wanted, strict=True)]
-        check_room(model, fed)
-        ids, real = left_padded(fed, embedding_device(model))
-        given = arguments(model, ids, real)
-        if takes(unwrap(model), "logits_to_keep"):
-            given["logits_to_keep"] = last
-        reader = StrongestKeys(last)
-        with probe(model, reader):
-            logits = model(**given).logits
-        said = logits[:, -last:].argmax(-1).cpu()
-        keys = reader.positions(task.layout)
-        for row, target in enumerate(wanted):
-            padding = ids.shape[1] - len(fed[row])
-            yield said[row, -len(target) :].tolist(), target.tolist(), keys[row, :, -len(target) :] - padding
 
-    return task.score(run, batch_tokens, extra=max(map(len, told)))
+def copy_hits(
+    model: nn.Module,
+    prompts: Sequence[Prompt] | Int[Tensor, "b t"],
+    targets: Sequence[Int[Tensor, " _"] | Sequence[int]] | None = None,
+    *,
+    spans: Sequence[Span | Sequence[Span]] | None = None,
+    batch_tokens: int = 16384,
+) -> list[tuple[list[int], dict[Head, Bool[Tensor, " _"]]]]:
+    """For every prompt what the model says at the targets' rows, and at which of them each head hits.
+
+    The single events that `copy_scores` counts, with the same arguments and errors.
+    """
+    where = "copy_hits"
+    task = _Task.of(where, model, prompts, spans, None, None, True)
+    told = task.targets(targets, vocabulary_size(model))
+    heads = task.layout.heads()
+    found: dict[int, tuple[list[int], dict[Head, Tensor]]] = {}
+    for batch in batched(task.cases, batch_tokens, max(map(len, told))):
+        for case, run in zip(batch, _forced_keys(model, task.layout, batch, told), strict=True):
+            found[case.number] = (run.said, dict(zip(heads, _hits(case, run), strict=True)))
+    return [found[number] for number in range(len(found))]
 
 
 class StrongestKeys(Probe):
@@ -193,8 +192,13 @@ class NothingAnswered(ValueError):
     """No prompt was answered, so there is nothing to score."""
 
 
-# For each prompt of a batch: what the model said, what was fed to it, and its heads' strongest keys at those rows.
-_Runner = Callable[[list[Case]], Iterator[tuple[list[int], list[int], Tensor]]]
+@dataclass(frozen=True)
+class _Run:
+    """What the model said, what was fed to it, and the places in the prompt of its heads' strongest keys."""
+
+    said: list[int]
+    fed: Int[Tensor, " n"]
+    keys: Int[Tensor, "h n"]
 
 
 @dataclass(frozen=True)
@@ -219,15 +223,20 @@ class _Task:
         name = str(getattr(getattr(model, "config", None), "name_or_path", ""))
         return cls(where, name, layout(model), cases, tokenizer, min_recall, unique)
 
-    def score(self, run: _Runner, batch_tokens: int, extra: int) -> HeadMap:
+    def targets(self, given: Any, size: int) -> list[Int[Tensor, " _"]]:
+        if given is None:
+            return [case.answer for case in self.cases]
+        return checked_targets(self.where, given, len(self.cases), size)
+
+    def score(self, run: Callable[[list[Case]], Iterator[_Run]], batch_tokens: int, extra: int) -> HeadMap:
         heads = self.layout.heads()
         runs: dict[int, dict[Head, float]] = {}
         recalls: list[float] = []
         for batch in batched(self.cases, batch_tokens, extra):
-            for case, (said, fed, keys) in zip(batch, run(batch), strict=True):
-                recalls.append(self.recall(said, case))
+            for case, one in zip(batch, run(batch), strict=True):
+                recalls.append(self.recall(one.said, case))
                 if self.min_recall is None or recalls[-1] > self.min_recall:
-                    values = _share_hit(case, torch.tensor(fed), keys, self.unique)
+                    values = _share_hit(case, one, self.unique)
                     runs[case.number] = dict(zip(heads, values.tolist(), strict=True))
         mean = sum(recalls) / len(recalls)
         if not runs:
@@ -249,22 +258,28 @@ class _Task:
         return unigram_recall(said, answer)
 
 
-def _share_hit(case: Case, fed: Int[Tensor, " n"], keys: Int[Tensor, "h n"], unique: bool) -> Float[Tensor, " h"]:
-    """The score of every head in one run. keys: places in the prompt; others lie before 0 or behind its end."""
-    inside: Bool[Tensor, "h n"] = torch.zeros_like(keys, dtype=torch.bool)
+def _forced_keys(model: nn.Module, heads: Layout, cases: list[Case], told: list[Tensor]) -> Iterator[_Run]:
+    wanted = [told[case.number] for case in cases]
+    reader = StrongestKeys(max(map(len, wanted)))
+    answers, padding = force(model, [case.ids for case in cases], wanted, reader)
+    keys = reader.positions(heads)
+    for row, target in enumerate(wanted):
+        yield _Run(answers[row], target, keys[row, :, -len(target) :] - padding[row])
+
+
+def _hits(case: Case, run: _Run) -> Bool[Tensor, "h n"]:
+    """Where a head's strongest key lies in the answer's span and holds the token that was said."""
+    inside = torch.zeros_like(run.keys, dtype=torch.bool)
     for start, end in case.spans:
-        inside |= (keys >= start) & (keys < end)
-    hits = inside & (case.ids[keys.clamp(0, len(case.ids) - 1)] == fed) & torch.isin(fed, case.answer)
+        inside |= (run.keys >= start) & (run.keys < end)
+    token = case.ids[run.keys.clamp(0, len(case.ids) - 1)]
+    return inside & (token == run.fed) & torch.isin(run.fed, case.answer)
+
+
+def _share_hit(case: Case, run: _Run, unique: bool) -> Float[Tensor, " h"]:
+    """The score of every head in one run."""
+    hits = _hits(case, run)
     if not unique:
         return hits.sum(1) / len(case.answer)
-    each = torch.stack([hits[:, fed == token].any(1) for token in case.answer.unique()], 1)
+    each = torch.stack([hits[:, run.fed == token].any(1) for token in case.answer.unique()], 1)
     return each.double().mean(1)
-
-
-def _targets(where: str, task: _Task, targets: Any, size: int) -> list[Int[Tensor, " _"]]:
-    if targets is None:
-        return [case.answer for case in task.cases]
-    given = list(targets)
-    if len(given) != len(task.cases):
-        raise ValueError(f"{where}: {len(task.cases)} prompts but {len(given)} targets; give one for each prompt")
-    return [checked_ids(f"{where}: target {number}", target, size) for number, target in enumerate(given)]
