@@ -104,11 +104,27 @@ class RowEdit(Edit):
 
 @dataclass
 class Rows:
-    """The rows that a `RowEdit` is shown: `index` `[r]` of the call's rows, and the call itself."""
+    """The rows that a `RowEdit` is shown: `index` `[r]` of the call's rows, and the call itself.
+
+    named: all heads of this layer that the edit names; the call may hold some of them. sink: `[b h r 1]` the weight of
+    the learned sink column, in families that have one; an edit may set it anew.
+    """
 
     call: Call
     index: slice | Tensor
     columns: int | None = None
+    named: list[int] | None = None
+    sink: Tensor | None = None
+
+    def own(self, x: Tensor) -> Tensor:
+        """Of a tensor `[.. h t s]` over the named heads, the part of the heads of this call."""
+        if x.ndim < 3 or x.shape[-3] == 1 or self.named is None:
+            return x
+        if x.shape[-3] != len(self.named):
+            raise ValueError(
+                f"a tensor for {x.shape[-3]} heads, but {len(self.named)} heads of layer {self.call.layer} are named"
+            )
+        return x[..., [self.named.index(head) for head in self.call.heads], :, :]
 
     @property
     def visible(self) -> Tensor:

@@ -15,6 +15,7 @@ from headwise.attend.addresses import Head
 from headwise.attend.call import Call
 from headwise.attend.edit import Edit, GroupEdit, Heads, InputEdit, OutputEdit, RowEdit, Rows
 from headwise.attend.groups import KeyGroup
+from headwise.ops.softmax import log_sum_exp
 
 __all__ = [
     "Ablate",
@@ -271,28 +272,27 @@ class ScaleGroup(GroupEdit):
         return (self.group,)
 
     def constant(self, call: Call) -> list[Tensor] | None:
-        return [_per_head(self.factor, call, 1.0).log()] if self.remainder == "renormalise" else None
+        return [_log(_per_head(self.factor, call, 1.0))] if self.remainder == "renormalise" else None
 
     def reweigh(self, log_mass: Tensor, inside: Tensor, call: Call) -> Tensor:
         factor = _per_head(self.factor, call, 1.0)
         if self.remainder == "renormalise":
-            return _shift(log_mass, inside[0], factor.log())
-        log_factor = factor.log().view(1, -1, 1).to(log_mass)
+            return _shift(log_mass, inside[0], _log(factor))
+        factor = factor.view(1, -1, 1).to(log_mass)
+        log_factor = _log(factor)
         if self.remainder == "none":
             return torch.where(inside[0], log_mass + log_factor[..., None], log_mass)
         group, rest = _masses(log_mass, inside[0])
         # 1 - c m = (1 - m) + (1 - c) m: for c <= 1 nothing is subtracted, so it is exact as m -> 1. For c > 1 the
         # group stops at the whole row.
+        unchanged = torch.isneginf(rest) | torch.isneginf(group)
+        group, rest = group.masked_fill(unchanged, 0), rest.masked_fill(unchanged, 0)
         keep = torch.minimum(log_factor + group, torch.zeros_like(group))
-        gone = (1 - factor).view(1, -1, 1).to(log_mass)
-        left = torch.where(
-            gone >= 0,
-            torch.logaddexp(rest, gone.clamp_min(0).log() + group),
-            (rest.exp() + gone * group.exp()).clamp_min(0).log(),
-        )
+        given = log_sum_exp(torch.stack([rest, _log(1 - factor) + group], -1))
+        taken = (_log(factor - 1) + group).clamp_max(50).exp()  # more than all there is, whatever the factor
+        left = torch.where(factor > 1, _log(rest.exp() - taken), given)
         to_group, to_rest = keep - group, left - rest
         moved = log_mass + torch.where(inside[0], to_group[..., None], to_rest[..., None])
-        unchanged = torch.isneginf(rest) | torch.isneginf(group)
         moved = torch.where(torch.isneginf(log_mass), log_mass, moved)
         return torch.where(unchanged[..., None], log_mass, moved)
 
@@ -306,8 +306,8 @@ def _masses(log_mass: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     """Log-mass of a group and of everything else, `[b h t]`; each from its own atoms, never 1 - the other."""
     nothing = torch.full_like(log_mass, -torch.inf)
     return (
-        torch.where(inside, log_mass, nothing).logsumexp(-1),
-        torch.where(inside, nothing, log_mass).logsumexp(-1),
+        log_sum_exp(torch.where(inside, log_mass, nothing)),
+        log_sum_exp(torch.where(inside, nothing, log_mass)),
     )
 
 
@@ -321,8 +321,13 @@ def _shift(log_mass: Tensor, inside: Tensor, bias: Tensor) -> Tensor:
     shifted = torch.where(only_group & ~inside, -torch.inf, shifted)
     empty = torch.isneginf(shifted.amax(-1, keepdim=True))  # nothing would be left: the row stays as it was
     shifted = torch.where(empty, log_mass, shifted)
-    total = shifted.logsumexp(-1, keepdim=True)
+    total = log_sum_exp(shifted, keepdim=True)
     return torch.where(empty, log_mass, shifted - total)
+
+
+def _log(x: Tensor) -> Tensor:
+    """log x; -inf with gradient 0 where x is 0 or less."""
+    return x.masked_fill(x <= 0, 1).log().masked_fill(x <= 0, -torch.inf)
 
 
 def _per_head(value: float | Tensor | dict[Head, float], call: Call, default: float) -> Tensor:
@@ -357,18 +362,20 @@ class ForceRows(RowEdit):
 
     def change(self, weights: Tensor, rows: Rows) -> Tensor:
         visible = rows.visible
+        rows.sink = None if rows.sink is None else torch.zeros_like(rows.sink)
         if callable(self.pattern):
             new = self.pattern(rows)
         elif isinstance(self.pattern, Tensor):
-            t = self.pattern.shape[-2] if self.pattern.ndim > 1 else 1
-            new = self.pattern if t == 1 else self.pattern[..., rows.index, :]
+            pattern = rows.own(self.pattern)
+            t = pattern.shape[-2] if pattern.ndim > 1 else 1
+            new = pattern if t == 1 else pattern[..., rows.index, :]
             new = new[..., : weights.shape[-1]]
         elif self.pattern == "uniform":
             new = visible / visible.sum(-1, keepdim=True).clamp_min(1)
         elif self.pattern == "first":
             new = torch.nn.functional.one_hot(visible.int().argmax(-1), weights.shape[-1])
         else:
-            column = rows.positions - rows.call.key_offset - (self.pattern == "previous")
+            column = rows.positions - rows.call.key_offset - int(self.pattern == "previous")
             index = torch.arange(weights.shape[-1], device=weights.device)
             new = index == column[:, None].clamp_min(0)
         return (new.to(weights) * visible).expand_as(weights)
@@ -390,15 +397,21 @@ class PerturbScores(RowEdit):
             if (rows.call.tower, rows.call.layer) not in delta:
                 return weights
             delta = delta[rows.call.tower, rows.call.layer]
+        delta = rows.own(delta)
         if delta.ndim >= 2 and delta.shape[-2] > 1:
             delta = delta[..., rows.index, :]
         delta = delta[..., : weights.shape[-1]].to(weights)
         # w e^d / sum(w e^d): the rows sum to what they summed to, so a sink column keeps its share of the logits.
-        shifted = weights * (delta - delta.amax(-1, keepdim=True)).exp()
-        missing = (1 - weights.sum(-1, keepdim=True)).clamp_min(0) if rows.call.sinks is not None else 0.0
-        missing = missing * (-delta.amax(-1, keepdim=True)).exp() if rows.call.sinks is not None else 0.0
+        hidden = weights <= 0
+        top = delta.detach().masked_fill(hidden, -torch.inf).amax(-1, keepdim=True)
+        top = top.clamp_min(0) if rows.sink is not None else top.masked_fill(torch.isneginf(top), 0)
+        shifted = weights * (delta - top).masked_fill(hidden, 0).exp()
+        missing = 0.0 if rows.sink is None else rows.sink * (-top).exp()
         total = shifted.sum(-1, keepdim=True) + missing
-        return torch.where(total > 0, shifted / total.clamp_min(torch.finfo(weights.dtype).tiny), weights)
+        safe = total.clamp_min(torch.finfo(weights.dtype).tiny)
+        if rows.sink is not None:
+            rows.sink = torch.where(total > 0, missing / safe, rows.sink)
+        return torch.where(total > 0, shifted / safe, weights)
 
 
 @dataclass

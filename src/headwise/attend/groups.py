@@ -28,6 +28,11 @@ class KeyGroup:
     rule: Callable[[Step], Tensor] = field(compare=False, repr=False)
     options: tuple[tuple[str, object], ...] = ()
     uses_generated: bool = False
+    _own: object = field(default=None, init=False, repr=False)
+
+    def __post_init__(self):
+        if self.name not in _MAKERS:  # a function of the user's own: its name does not say what it selects
+            object.__setattr__(self, "_own", self.rule)
 
     def members(self, step: Step) -> Tensor:
         """`[b, total]` boolean; padding is never a member."""

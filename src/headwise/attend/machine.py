@@ -8,7 +8,7 @@ Factors and replacements of outputs come last.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -18,6 +18,7 @@ from headwise.attend.call import Call
 from headwise.attend.edit import Edit, GroupEdit, InputEdit, OutputEdit, RowEdit, Rows
 from headwise.attend.merge import key_bias, regroup_rows, split_and_merge
 from headwise.attend.read import Probe, Reading
+from headwise.ops.softmax import log_sum_exp
 
 __all__ = ["BoundEdit", "attend"]
 
@@ -40,6 +41,7 @@ class Part:
 
     heads: list[int]
     edits: list[Edit]
+    named: dict[int, list[int]]  # id of an edit -> all heads of this layer that it names
     call: Call = field(init=False)
     touched: Touched = field(init=False)
 
@@ -76,12 +78,17 @@ class Part:
 
     def weights(self, index: slice | Tensor, columns: int | None = None) -> Tensor:
         """`[b n r s]` the final weights of some rows."""
-        weights = plain_rows(self.call, index, columns)
+        weights, sink = rows_and_sink(self.call, index, columns)
         for edit in self.edits:
+            new, new_sink = weights, sink
             if isinstance(edit, GroupEdit):
-                weights = _where(edit, self.call, index, regroup_rows(self.call, edit, weights), weights)
+                new, new_sink = regroup_rows(self.call, edit, weights, sink)
             elif isinstance(edit, RowEdit):
-                weights = _where(edit, self.call, index, edit.change(weights, Rows(self.call, index, columns)), weights)
+                rows = Rows(self.call, index, columns, self.named[id(edit)], sink)
+                new, new_sink = edit.change(weights, rows), rows.sink
+            weights = _where(edit, self.call, index, new, weights)
+            if sink is not None and new_sink is not None:
+                sink = _where(edit, self.call, index, new_sink, sink)
         return weights
 
 
@@ -117,11 +124,19 @@ def attend(
 
 def plain_rows(call: Call, index: slice | Tensor, columns: int | None = None) -> Tensor:
     """`[b h r s]` the weights of some rows as the model forms them; rows that see nothing are 0."""
+    return rows_and_sink(call, index, columns)[0]
+
+
+def rows_and_sink(call: Call, index: slice | Tensor, columns: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """The weights of some rows `[b h r s]`, and that of the learned sink column `[b h r 1]` where there is one."""
     scores = call.scores(index, columns)
-    lse = scores.logsumexp(-1, keepdim=True)
+    lse = log_sum_exp(scores, keepdim=True)
+    sink = None
     if call.sinks is not None:
-        lse = torch.logaddexp(lse, call.sinks.to(lse.dtype)[None, :, None, None])
-    return (scores - lse.masked_fill(torch.isneginf(lse), 0)).exp()
+        logit = call.sinks.to(lse.dtype)[None, :, None, None]
+        lse = log_sum_exp(torch.stack([lse, logit.expand_as(lse)], -1))
+        sink = (logit - lse).exp()
+    return (scores - lse.masked_fill(torch.isneginf(lse), 0)).exp(), sink
 
 
 def final_rows(call: Call, parts: Sequence[Part], index: slice | Tensor, columns: int | None = None) -> Tensor:
@@ -141,7 +156,10 @@ def _parts(edits: list[tuple[Edit, list[int]]], call: Call) -> list[Part]:
         named = tuple(i for i, (_, heads) in enumerate(edits) if call.heads[head] in heads)
         if named:
             by_edits.setdefault(named, []).append(head)
-    parts = [Part(heads, [edits[i][0] for i in named]) for named, heads in by_edits.items()]
+    parts = [
+        Part(heads, [edits[i][0] for i in named], {id(edits[i][0]): edits[i][1] for i in named})
+        for named, heads in by_edits.items()
+    ]
     for part in parts:
         part.prepare(call)
     return parts
@@ -179,22 +197,11 @@ def _edit_output(edit: OutputEdit, heads: list[int], out: Tensor, call: Call) ->
     positions = [call.heads.index(head) for head in heads]
     everything = positions == list(range(out.shape[2]))
     named = out if everything else out[:, :, positions]
-    view = call if everything else _Named(call, heads)
-    new = edit.change(named, view)  # pyright: ignore[reportArgumentType]
+    new = edit.change(named, call if everything else replace(call, heads=heads))
     rows = edit.rows(call)
     if isinstance(rows, Tensor):
         new = torch.where(rows[..., None, None], new, named)
     return new if everything else out.index_copy(2, _index(positions, out), new.to(out.dtype))
-
-
-class _Named:
-    """A call seen by an output edit: the same, with only the named heads."""
-
-    def __init__(self, call: Call, heads: list[int]):
-        self._call, self.heads = call, heads
-
-    def __getattr__(self, name: str):
-        return getattr(self._call, name)
 
 
 def _where(edit: Edit, call: Call, index: slice | Tensor, new: Tensor, old: Tensor) -> Tensor:

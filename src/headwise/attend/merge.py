@@ -13,11 +13,13 @@ from torch import Tensor
 
 from headwise.attend.call import Call
 from headwise.attend.edit import GroupEdit
+from headwise.ops.softmax import log_sum_exp
 
 __all__ = ["key_bias", "regroup_rows", "split_and_merge"]
 
 SMALL = 64  # up to so many keys, or an eighth of all, an atom is cheaper by a direct product than by a fused call
 DIRECT_BYTES = 2**26  # of weights formed by a direct product
+NOTHING = -1.5e4  # a log-mass below it is that of keys which are hidden
 LARGEST_FOLDED_BIAS = 80.0  # beyond it a float32 score would lose digits; such constants are merged instead
 
 
@@ -67,18 +69,21 @@ def split_and_merge(call: Call, edits: Sequence[GroupEdit]) -> Tensor:
     return out.to(call.q.dtype)
 
 
-def regroup_rows(call: Call, edit: GroupEdit, weights: Tensor) -> Tensor:
-    """The same edit on rows of weights `[b h r s]`: for probes, and for heads whose rows are formed anyway."""
+def regroup_rows(call: Call, edit: GroupEdit, weights: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The same edit on rows of weights `[b h r s]` and their sink column `[b h r 1]`, if they have one.
+
+    For probes, and for heads whose rows are formed anyway.
+    """
     atoms, inside, rest = _atoms(call, [edit])
     keys = torch.stack([*(atom.keys for atom in atoms), rest], 1)[..., : weights.shape[-1]]  # b a s
     mass = torch.einsum("bhrs,bas->bhra", weights, keys.to(weights.dtype))
-    columns = [mass.log()]
-    if call.sinks is not None:
-        columns.append((1 - weights.sum(-1, keepdim=True)).clamp_min(0).log())
-    old = torch.cat(columns, -1)
+    mass = mass if sink is None else torch.cat([mass, sink], -1)
+    gone = mass <= 0
+    old = mass.masked_fill(gone, 1).log().masked_fill(gone, -torch.inf)
     new = _reweigh(old, inside, [edit], call, every_row=True)
-    change = torch.where(torch.isneginf(old), 0.0, new - old).exp()[..., : keys.shape[1]]
-    return weights * torch.einsum("bhra,bas->bhrs", change, keys.to(weights.dtype))
+    change = (new - old.masked_fill(gone, 0)).exp()
+    weights = weights * torch.einsum("bhra,bas->bhrs", change[..., : keys.shape[1]], keys.to(weights.dtype))
+    return weights, None if sink is None else sink * change[..., -1:]
 
 
 def _reweigh(log_mass: Tensor, inside: Tensor, edits: Sequence[GroupEdit], call: Call, every_row=False) -> Tensor:
@@ -130,7 +135,8 @@ def _attend_atom(call: Call, atom: Atom) -> tuple[Tensor, Tensor]:
         return call.attend(only=atom.keys)
     b, h, t, _ = call.q.shape
     scores = call.scores(slice(None), atom.columns).masked_fill(~atom.real[:, None, None], -torch.inf)
-    lse = scores.logsumexp(-1)
+    lse = log_sum_exp(scores)
+    lse = lse.masked_fill(lse < NOTHING, -torch.inf)  # masks of finfo.min hide as those of -inf do
     weights = (scores - lse.masked_fill(torch.isneginf(lse), 0)[..., None]).exp()
     value = call.v.gather(2, atom.columns[:, None, :, None].expand(-1, call.v.shape[1], -1, call.v.shape[3]))
     out = weights.reshape(b, call.k.shape[1], call.groups * t, -1) @ value.to(weights.dtype)

@@ -278,8 +278,10 @@ def _row_entropy(reading: Reading, block: RowBlock) -> Tensor:
         else:
             entropy = -torch.linalg.vecdot(block.weights, block.logs)
         if reading.call.sinks is not None or reading.edited:
-            total = block.weights.sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-            entropy = entropy / total + total.log()
+            total = block.weights.sum(-1)  # 0 where a row gives all to a learned sink
+            empty = total <= 0
+            total = total.masked_fill(empty, 1)
+            entropy = (entropy / total + total.log()).masked_fill(empty, 0)
         reading.state["entropy of"], reading.state["entropy"] = block, entropy
     return reading.state["entropy"]
 

@@ -34,14 +34,14 @@ def relu_attention(
     if h % n or v.shape[:3] != k.shape[:3] or k.shape[-1] != d:
         raise ValueError(f"relu_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
     factor = d**-0.5 if scale is None else scale
-    scores = (q.reshape(b, n, -1, d) @ k.mT).view(b, h, t, s) * factor
+    scores = (q.reshape(b, n, h // n * t, d) @ k.mT).view(b, h, t, s) * factor
     visible = torch.ones(t, s, dtype=torch.bool, device=q.device)
     if is_causal:
         visible = visible.tril(s - t)
     if mask is not None:
         visible = visible & mask
     weights = torch.where(visible, scores.relu(), 0) / visible.sum(-1, keepdim=True).clamp_min(1)
-    return (weights.to(v.dtype).reshape(b, n, -1, s) @ v).view(b, h, t, -1)
+    return (weights.to(v.dtype).reshape(b, n, h // n * t, s) @ v).view(b, h, t, v.shape[-1])
 
 
 class ReluAttention(nn.Module):
@@ -78,9 +78,13 @@ class ReluAttention(nn.Module):
         """attention_mask: True for real tokens; padding is neither seen nor counted."""
         b, t, _ = x.shape
         q, k, v = (
-            projection(x).view(b, t, -1, self.head_dim).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(x).view(b, t, heads, self.head_dim).transpose(1, 2)
+            for projection, heads in (
+                (self.q_proj, self.num_heads),
+                (self.k_proj, self.num_kv_heads),
+                (self.v_proj, self.num_kv_heads),
+            )
         )
         mask = None if attention_mask is None else attention_mask[:, None, None].bool()
         out = relu_attention(q, k, v, mask=mask, is_causal=self.is_causal)
-        return self.o_proj(out.transpose(1, 2).reshape(b, t, -1))
+        return self.o_proj(out.transpose(1, 2).flatten(2))

@@ -77,12 +77,14 @@ def read_call(
         mask = mask[..., : key.shape[2]]
     if options.get("position_bias") is not None:
         mask, causal = _with_bias(options["position_bias"], mask, causal), False
-    if step is not None and (step.real.shape[0] != query.shape[0] or step.total < t):
-        step = None  # a vision tower that calls attention once per image or window
+    if step is None or step.real.shape[0] != query.shape[0] or step.total < t:
+        # A tower that takes no tokens; or a vision tower that calls attention once per image or window.
+        step = Step.of(query.shape[0], t, query.device)
     key_step = step
-    if kind == "cross":
-        known = encoder is not None and encoder.total == key.shape[2]
-        key_step = encoder if known else Step.of(key.shape[0], key.shape[2], key.device)
+    if kind == "cross" and encoder is not None and encoder.total == key.shape[2]:
+        key_step = encoder
+    elif kind == "cross":
+        key_step = Step.of(key.shape[0], key.shape[2], key.device)
     return Call(
         query,
         key,
@@ -93,8 +95,8 @@ def read_call(
         softcap=options.get("softcap"),
         sinks=options.get("s_aux"),
         kind=kind,
-        step=step,  # pyright: ignore[reportArgumentType]
-        key_step=key_step,  # pyright: ignore[reportArgumentType]
+        step=step,
+        key_step=key_step,
     )
 
 

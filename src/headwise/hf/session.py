@@ -307,7 +307,10 @@ class Session:
             z = z.reshape(call.q.shape[0], rows, call.q.shape[1], call.v.shape[3])
             if rows != call.q.shape[2]:  # the layer called attention once per image or window
                 blank = call.q.new_empty(call.q.shape[0], call.q.shape[1], rows, call.q.shape[3])
-                call = replace(call, q=blank, k=blank, v=blank, mask=None, step=None, key_step=None, memo={})
+                blank_step = Step.of(call.q.shape[0], rows, call.q.device)
+                call = replace(
+                    call, q=blank, k=blank, v=blank, mask=None, step=blank_step, key_step=blank_step, memo={}
+                )
             reading = Reading(call)
             reading.state["projection"] = head_writes(projection, call.q.shape[1])
             with torch.no_grad():

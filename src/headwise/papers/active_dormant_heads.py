@@ -1,6 +1,6 @@
 """Attention sinks are heads at rest: active on their domain, parked on a token without value elsewhere.
 
-Method: headwise/heads/extreme_tokens.py and the Bigram-Backcopy task, headwise/tasks/bigram_backcopy.py.
+Method: headwise/heads/dormant.py and the Bigram-Backcopy task, headwise/tasks/bigram_backcopy.py.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from headwise.papers.record import Claim, Paper
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from headwise.heads.extreme_tokens import ExtremeTokens
+    from headwise.heads.dormant import ExtremeTokens
     from headwise.papers.running import Run
     from headwise.papers.verdicts import Measured
 
@@ -25,7 +25,7 @@ PAPER = Paper(
     repository="GuoTianYu2000/Active-Dormant-Attention",
     area="heads",
     modules=(
-        "headwise.heads.extreme_tokens",
+        "headwise.heads.dormant",
         "headwise.models.backcopy_decoder",
         "headwise.attention.relu",
         "headwise.tasks.bigram_backcopy",
@@ -441,7 +441,7 @@ def _held_out(tokenizer: Any, kind: str, seed: int) -> "Tensor":
 def _language_model(run: "Run") -> tuple[dict[str, "Measured"], dict[str, list[float]]]:
     import torch
 
-    from headwise.heads.extreme_tokens import extreme_tokens
+    from headwise.heads.dormant import extreme_tokens
     from headwise.specimens.registry import load_specimen
 
     run.log("reading the text model")
@@ -495,7 +495,7 @@ def _active_somewhere(run: "Run", model: "nn.Module", texts: "dict[str, Tensor]"
     import torch
 
     from headwise.attend.edits import Ablate
-    from headwise.heads.extreme_tokens import activity
+    from headwise.heads.dormant import activity
     from headwise.hf.session import steer
     from headwise.papers.statistics import bootstrap_interval, mean
     from headwise.papers.verdicts import Measured

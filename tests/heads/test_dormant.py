@@ -5,7 +5,7 @@ import torch
 from tests.zoo import FAMILIES
 
 from headwise.attend.addresses import Head
-from headwise.heads.extreme_tokens import activity, extreme_tokens
+from headwise.heads.dormant import activity, extreme_tokens
 from headwise.specimens.registry import load_specimen
 
 
