@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from headwise.attend.kernels import attention_with_lse
-from headwise.ops.flops import flops
+from headwise.ops.counting import flops
 
 B, H, N, T, S, D = 2, 8, 2, 13, 13, 32
 ATTENTION = 2 * B * H * T * S * (D + D)
