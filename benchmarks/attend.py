@@ -34,8 +34,8 @@ def model(implementation: str = "sdpa") -> Any:
         num_key_value_heads=3,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
-        attn_implementation=implementation,
     )
+    config._attn_implementation = implementation
     return LlamaForCausalLM(config).eval()
 
 

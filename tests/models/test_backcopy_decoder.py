@@ -43,8 +43,8 @@ def test_relu_weights_are_those_of_the_mechanism():
     model, ids = made(attention="relu")
     trace = Trace()
     model(ids, trace=trace)
-    x = model.blocks[0].attention_norm(trace.residuals[0])  # pyright: ignore
-    q, k, v = model.blocks[0].attention.qkv(x).view(4, 24, 3, 1, 16).permute(2, 0, 3, 1, 4)  # pyright: ignore
+    norm, qkv = (model.get_submodule(f"blocks.0.{name}") for name in ("attention_norm", "attention.qkv"))
+    q, k, v = qkv(norm(trace.residuals[0])).view(4, 24, 3, 1, 16).permute(2, 0, 3, 1, 4)
     torch.testing.assert_close(trace.weights[0] @ v, relu_attention(q, k, v))
 
 
@@ -52,13 +52,8 @@ def test_running_without_heads_leaves_only_the_mlps():
     model, ids = made()
     trace = Trace()
     model(ids, trace=trace, instead="zero")
-    torch.testing.assert_close(
-        trace.residuals[1],
-        trace.residuals[0]
-        + model.blocks[0].mlp(  # pyright: ignore
-            model.blocks[0].mlp_norm(trace.residuals[0])
-        ),
-    )  # pyright: ignore
+    norm, mlp = (model.get_submodule(f"blocks.0.{name}") for name in ("mlp_norm", "mlp"))
+    torch.testing.assert_close(trace.residuals[1], trace.residuals[0] + mlp(norm(trace.residuals[0])))
 
 
 def test_all_weight_on_a_random_token_is_on_an_earlier_one_and_never_on_bos():
