@@ -76,7 +76,7 @@ def test_bad_requests_are_refused():
         attention_maps(model, IDS, rows=[16])
     with pytest.raises(ValueError, match="layer 7 is out of range"):
         attention_maps(model, IDS, "7.0")
-    with pytest.raises(TypeError, match="inputs: str; give a tensor"):
+    with pytest.raises(TypeError, match="inputs"):
         attention_maps(model, cast(Any, "some text"))
     multimodal = FAMILIES["llava"].build()
     with pytest.raises(ValueError, match=r"vision:0\.0 was not called"):

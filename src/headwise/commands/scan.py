@@ -68,6 +68,8 @@ def run(
     device: str | None,
     dtype: str | None,
 ) -> None:
+    if rows not in ("auto", "all"):
+        raise InputError(f"rows: {rows!r} is unknown; choose auto or all")
     folder = _folder(out, model, said.as_json)
     from headwise import _scan, api
     from headwise._texts import read_text

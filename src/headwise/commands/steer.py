@@ -267,7 +267,7 @@ def _shown(text: str, given: dict[str, str | None]) -> dict[str, Any]:
     return {"edit": name, "options": shared | options}
 
 
-def _plain(value: str) -> float | str:
+def _plain(value: str) -> float | int | str:
     """A value of a sweep as JSON has it."""
     try:
         number = float(value)
