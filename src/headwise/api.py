@@ -49,8 +49,12 @@ def load_edits(path: str | os.PathLike[str]) -> list[Edit]:
 
 
 def train(specimen: str, out: str | os.PathLike[str], *, seed: int = 0, **options: Any) -> Path:
-    """Train a specimen again from nothing and write it to a folder, which is returned.
+    """Train a specimen again from nothing and write it, with its head map, to a folder, which is returned.
 
     options: of the specimen's own training, such as steps.
     """
-    return train_specimen(specimen, Path(out), seed=seed, **options)
+    folder = train_specimen(specimen, Path(out), seed=seed, **options)
+    found = scan(str(folder), probes="all")
+    found.model = specimen
+    found.save(folder / "heads.json")
+    return folder

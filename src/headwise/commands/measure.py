@@ -100,7 +100,7 @@ def train(
 
 
 def _train(said: Output, specimen: str, folder: Path, seed: int, steps: int | None) -> Path:
-    from headwise.specimens.registry import train_specimen
+    from headwise import api
 
     quiet_libraries()
     options = {} if steps is None else {"steps": steps}
@@ -109,7 +109,7 @@ def _train(said: Output, specimen: str, folder: Path, seed: int, steps: int | No
         said.log("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
 
     try:
-        return train_specimen(specimen, folder, seed=seed, log=log, **options)
+        return api.train(specimen, folder, seed=seed, log=log, **options)
     except TypeError as error:
         if steps is not None and "steps" in str(error):
             raise InputError(f"train: {specimen} is written by hand and takes no --steps; leave it out") from None
