@@ -266,7 +266,7 @@ class _Toy:
             steps=steps,
             seed=self.run.seed,
             optimiser=OptimiserSpec("sgd", lr=0.3, momentum=0.9) if sgd else adamw,
-            clip=None,
+            clip=1.0 if sgd else None,  # at this rate SGD diverges without
             checkpoints=() if options else CHECKPOINTS,
             on_checkpoint=lambda step, model: self.along.update({step: self.measure(model)}),
         )
@@ -480,7 +480,8 @@ def _characterised(first: "ExtremeTokens", second: "ExtremeTokens", random: "Ext
 
     def told(found: "ExtremeTokens") -> str:
         share, value, peak = figures(found)
-        return f"{share:.0%} of heads give it 5 times a token's mean, value ratio {value:.2f}, residual {peak:.2f}"
+        values = f", value ratio there {value:.2f}" if share else ""
+        return f"{share:.0%} of heads give it 5 times a token's mean{values}, largest residual ratio {peak:.2f}"
 
     share, value, peak = figures(first)
     return Measured(
