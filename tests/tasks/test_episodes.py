@@ -87,24 +87,28 @@ def test_indirect_objects_ask_for_the_person_named_once(length, seed):
         assert names.count(row[-1]) == 1
 
 
-@given(st.integers(2, 8), st.integers(0, 50))
-def test_coloured_objects_ask_for_a_thing_of_the_scene(objects, seed):
-    made = coloured_object_episodes(5, SYMBOLS, objects=objects, generator=draw(seed))
-    assert made.length == 2 * objects + 5 and made.twin is not None
+@given(st.integers(2, 8), st.booleans(), st.integers(0, 50))
+def test_coloured_objects_ask_for_a_thing_of_the_scene(objects, closing, seed):
+    made = coloured_object_episodes(5, SYMBOLS, objects=objects, closing=closing, generator=draw(seed))
+    assert made.length == 2 * objects + 4 + closing and made.twin is not None
     assert held(made, "colour") == answered(made) and held(made, "twin-colour") == answered(made, made.twin)
-    assert held(made, "object") == [SYMBOLS.names[token] for token in made.input_ids[:, -3]]
+    assert held(made, "object") == [SYMBOLS.names[token] for token in made.input_ids[:, -2 - closing]]
     assert all(a != b for a, b in zip(answered(made), answered(made, made.twin), strict=True))
 
 
-@given(st.integers(1, 5), st.integers(0, 50))
-def test_sums_are_right_and_the_twin_has_another(sums, seed):
-    made = addition_episodes(5, SYMBOLS, sums=sums, generator=draw(seed))
+@given(st.integers(1, 5), st.sampled_from([None, 10]), st.integers(0, 50))
+def test_sums_are_right_and_the_twin_has_another(sums, modulus, seed):
+    made = addition_episodes(5, SYMBOLS, sums=sums, modulus=modulus, generator=draw(seed))
     assert made.twin is not None
     for ids in (made.input_ids, made.twin):
         for row, wanted in zip(ids, answered(made, ids), strict=True):
             told = SYMBOLS.text(row[1:]).split(" . ")
             parts = [line.split() for line in told]
-            assert [str((int(p[0]) + int(p[2])) % 10) for p in parts] == [p[4] for p in parts] == wanted.split()
+            assert (
+                [str((int(p[0]) + int(p[2])) % (modulus or 100)) for p in parts]
+                == [p[4] for p in parts]
+                == wanted.split()
+            )
     last = [a[-1] != b[-1] for a, b in zip(answered(made), answered(made, made.twin), strict=True)]
     assert all(last) and held(made, "operator") == ["+"] * 5 and held(made, "equals") == ["="] * 5
 
@@ -160,6 +164,7 @@ def test_accuracy_counts_tokens_and_whole_answers():
         (lambda: coloured_object_episodes(1, SYMBOLS, objects=9), "objects is 9; expected 2 to 8"),
         (lambda: multiple_choice_episodes(1, SYMBOLS, order="last"), "order is 'last'"),
         (lambda: addition_episodes(1, SYMBOLS, sums=0), "sums is 0"),
+        (lambda: addition_episodes(1, SYMBOLS, modulus=7), "modulus is 7"),
         (
             lambda: needle_episodes(1, range(1, 8), ask=8, answer=9, length=30),
             "use all 7 words",

@@ -50,7 +50,7 @@ class Mixture:
     """Episodes of seven tasks by name, all over `Symbols`, in a bigram text whose table comes from `seed`.
 
     A tenth of all transitions lead to a back-copy trigger. Names: bigrams, repeats, needles, indirect_objects,
-    coloured_objects, addition, multiple_choice.
+    coloured_objects (the colour follows the asked thing), addition (without carry), multiple_choice.
     """
 
     names = (
@@ -83,16 +83,23 @@ class Mixture:
         if task == "indirect_objects":
             return indirect_object_episodes(batch, symbols, text=self.text, **given)
         if task == "coloured_objects":
-            return coloured_object_episodes(batch, symbols, text=self.text, **given)
+            return coloured_object_episodes(batch, symbols, closing=False, text=self.text, **given)
         if task == "addition":
             return addition_episodes(batch, symbols, sums=sums, text=self.text, **given)
         if task == "multiple_choice":
             return multiple_choice_episodes(batch, symbols, text=self.text, **given)
         raise ValueError(f"Mixture: task is {task!r}; expected one of {', '.join(self.names)}")
 
-    def batch(self, counts: Mapping[str, int], length: int, generator: torch.Generator | None = None) -> MixedBatch:
-        """`counts[name]` sequences of each task. Addition fills up to half of a sequence with sums."""
-        sums = max(1, length // 12)
+    def batch(
+        self,
+        counts: Mapping[str, int],
+        length: int,
+        generator: torch.Generator | None = None,
+        *,
+        sum_every: int = 12,
+    ) -> MixedBatch:
+        """`counts[name]` sequences of each task. Addition has a sum for every `sum_every` tokens (a sum takes six)."""
+        sums = max(1, min(length // sum_every, (length - 1) // 6))
         parts = [self.episodes(name, n, length, generator, sums=sums) for name, n in counts.items() if n > 0]
         kinds = [self.names.index(name) for name, n in counts.items() if n > 0]
         return MixedBatch(
