@@ -31,7 +31,8 @@ class _Switched:
     """A config in use by sessions. It is kept alive here, so its id stays its own."""
 
     config: Any
-    previous: str
+    own: str  # what the config said, and says again afterwards
+    previous: str  # the implementation that does the work: another one where the config said "headwise"
     users: int = 0
 
 
@@ -46,7 +47,8 @@ def switch(config: Any) -> None:
     with LOCK:
         entry = _switched.get(id(config))
         if entry is None:
-            entry = _switched[id(config)] = _Switched(config, config._attn_implementation or "eager")
+            own = config._attn_implementation or "eager"
+            entry = _switched[id(config)] = _Switched(config, own, previous_name(config))
             # The plain attribute: the property's setter would also reach into sub-configs.
             config._attn_implementation_internal = NAME
         entry.users += 1
@@ -61,7 +63,7 @@ def restore(config: Any) -> None:
             return
         del _switched[id(config)]
         if config._attn_implementation == NAME:
-            config._attn_implementation_internal = entry.previous
+            config._attn_implementation_internal = entry.own
         else:
             warnings.warn(
                 f"the attention implementation was set to {config._attn_implementation!r} while headwise was active; "

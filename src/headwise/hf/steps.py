@@ -1,6 +1,8 @@
 """Filling in a `Step` at every forward, from hooks on the model and on its stacks of layers."""
 
 import inspect
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +48,7 @@ class StepTracker:
         self.signature = inspect.signature(stack.forward)
         self.image_token = image_token
         self.step: Step | None = None
+        self.cache: Callable[[], Any] = lambda: None  # a weak reference to the cache of the last forward
 
     def begin(self, args: tuple, kwargs: dict[str, Any], outer: dict[str, Any]) -> Step | None:
         """The step of a forward with these arguments. outer: those of the whole model, which may hold the ids."""
@@ -64,14 +67,16 @@ class StepTracker:
         cache = given.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
         real = _real(given.get("attention_mask"), outer.get("attention_mask"), batch, past + length)
-        self.step = self._extend(ids, real, past)
+        same_cache = cache is not None and self.cache() is cache
+        self.cache = weakref.ref(cache) if cache is not None else lambda: None
+        self.step = self._extend(ids, real, past, same_cache)
         self.step.wants_weights = bool(given.get("output_attentions") or outer.get("output_attentions"))
         return self.step
 
-    def _extend(self, ids: Tensor, real: Tensor | None, past: int) -> Step:
+    def _extend(self, ids: Tensor, real: Tensor | None, past: int, same_cache: bool) -> Step:
         batch, length = ids.shape
         old = self.step
-        if past and old is not None and old.generating and past < old.total:
+        if same_cache and past and old is not None and past < old.total:
             raise RuntimeError(
                 f"the cache went back from {old.total} to {past} tokens while headwise was active: assisted decoding "
                 "and contrastive search are not supported; generate without them, or after leaving the context"
