@@ -92,6 +92,11 @@ PAPER = Paper(
                 "after some layer"
             ),
             control="the same models before training",
+            known=(
+                "the sink and the drained value grow in every seed, but the residual norm of BOS reaches 1.07 to 1.58 of "
+                "the others within 1,200 steps at width 64 (the paper: 10,000 steps and more at width 256), and the sink "
+                "of the three-layer model stays below 0.5 in two seeds of three"
+            ),
         ),
         Claim(
             id="active-dormant",
@@ -124,6 +129,11 @@ PAPER = Paper(
                 "at least half the mean of the others"
             ),
             control="the unconstrained run of the same seed and steps",
+            known=(
+                "at this size the sink does not need the drain: with the value of BOS held it ends at 0.75 to 0.89, above "
+                "the free run; the other half holds (the value stays when the weight is held), and the two move against "
+                "each other with rank correlations of -0.70 to -0.94"
+            ),
         ),
         Claim(
             id="mitigation",
@@ -142,6 +152,10 @@ PAPER = Paper(
                 "at most half as much as with AdamW"
             ),
             control="the softmax and AdamW models of the same seed, steps and size",
+            known=(
+                "ReLU weights leave no sink in any seed, and SGD no residual peak, but the value of BOS still falls to "
+                "0.48 to 0.59 of the others under ReLU, just below the limit of 0.6"
+            ),
         ),
         Claim(
             id="language-models",
@@ -158,6 +172,10 @@ PAPER = Paper(
                 "it is dormant (paired interval over texts excludes 0)"
             ),
             control="the largest difference between two halves of the same kind of text",
+            known=(
+                "3 of 32 heads (9 %) rest on one kind of text and not on another, just under a tenth, and removing one "
+                "costs no more where it is active: in four layers the other heads make up for it"
+            ),
         ),
         Claim(
             id="pretraining-dynamics",
