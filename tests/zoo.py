@@ -4,10 +4,12 @@
 softcaps and sinks show; ``FAMILIES[name].inputs(model, batch, length, padding)`` gives what its forward takes.
 """
 
+import copy
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -30,6 +32,9 @@ QUERY_KEY = re.compile(
 QUERY_KEY_NORM = re.compile(r"(q|k)_norm\.weight$")
 
 
+_BUILT: dict[tuple[str, int], Any] = {}
+
+
 @dataclass(frozen=True)
 class Family:
     """One model class of the zoo, and what is known about it without looking inside."""
@@ -45,8 +50,6 @@ class Family:
     gain: float = 2.0
     """Standard deviation of queries and keys; the scores' is about its square."""
     generates: bool = False
-    proved: bool = False
-    """The residual identity holds; for the others `hf.sites` refuses the class by name."""
     sliding_window: int | None = None
     softcap: bool = False
     sinks: bool = False
@@ -65,6 +68,12 @@ class Family:
         return self.generates and self.kind in ("decoder", "multimodal")
 
     def build(self, seed: int = 0) -> Any:
+        """A model of its own; the weights follow from the seed."""
+        if (self.name, seed) not in _BUILT:
+            _BUILT[self.name, seed] = self._build(seed)
+        return copy.deepcopy(_BUILT[self.name, seed])
+
+    def _build(self, seed: int) -> Any:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = self.make()
@@ -98,6 +107,8 @@ class Family:
                 given["input_ids"] = given["input_ids"].masked_fill(mask == 0, PAD)
         if self.kind == "seq2seq":
             given["decoder_input_ids"] = words(batch, length - 3, generator)
+        if "decoder_input_ids" in given:  # generate puts the start token in front where it is missing
+            given["decoder_input_ids"][:, 0] = model.config.decoder_start_token_id
         if self.kind == "dual" and self.name == "clip":
             given["input_ids"][:, -1] = EOS  # the text tower pools at the end token
         if self.kind == "multimodal":
@@ -172,58 +183,38 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 
 
+def made(model: str, config: str, options: dict[str, Any]) -> PreTrainedModel:
+    return getattr(hf, model)(getattr(hf, config)(**options))
+
+
 def decoder(name: str, model: str, config: str, options: dict[str, Any], **facts: Any) -> Family:
     """A causal language model; four heads over two key heads unless `towers` says otherwise."""
     towers = facts.pop("towers", GROUPED_TOWER)
-    return Family(
-        name,
-        "decoder",
-        lambda: getattr(hf, model)(getattr(hf, config)(**options)),
-        towers,
-        {"": "causal"},
-        generates=True,
-        proved=facts.pop("proved", True),
-        **facts,
-    )
+    make = partial(made, model, config, options)
+    return Family(name, "decoder", make, towers, {"": "causal"}, generates=True, **facts)
 
 
 def encoder(name: str, model: str, config: str, options: dict[str, Any], **facts: Any) -> Family:
-    return Family(
-        name,
-        "encoder",
-        lambda: getattr(hf, model)(getattr(hf, config)(**options)),
-        facts.pop("towers", TEXT_TOWER),
-        {"": "bidirectional"},
-        **facts,
-    )
+    towers = facts.pop("towers", TEXT_TOWER)
+    return Family(name, "encoder", partial(made, model, config, options), towers, {"": "bidirectional"}, **facts)
 
 
 def vision(name: str, model: str, config: str, options: dict[str, Any], **facts: Any) -> Family:
-    return Family(
-        name,
-        "vision",
-        lambda: getattr(hf, model)(getattr(hf, config)(**options)),
-        TEXT_TOWER,
-        {"": "bidirectional"},
-        padded=False,
-        **facts,
-    )
+    make = partial(made, model, config, options)
+    return Family(name, "vision", make, TEXT_TOWER, {"": "bidirectional"}, padded=False, **facts)
 
 
 def encoder_decoder(name: str, kind: Kind, model: str, config: str, options: dict[str, Any], **facts: Any) -> Family:
     towers = {tower: ((4, 4), (4, 4)) for tower in ("decoder", "encoder", "cross")}
     causal = {"decoder": "causal", "encoder": "bidirectional", "cross": "cross"}
-    make = lambda: getattr(hf, model)(getattr(hf, config)(**options))  # noqa: E731
+    make = partial(made, model, config, options)
     return Family(name, kind, make, towers, causal, generates=True, **facts)
 
 
 def dual(name: str, prefix: str, **facts: Any) -> Family:
     text = {**SMALL, "projection_dim": 16, "projection_size": 32}
     both = {"text_config": text, "vision_config": {**VISION, "projection_dim": 16}, "projection_dim": 16}
-
-    def make() -> PreTrainedModel:
-        return getattr(hf, f"{prefix}Model")(getattr(hf, f"{prefix}Config")(**both))
-
+    make = partial(made, f"{prefix}Model", f"{prefix}Config", both)
     towers = {tower: ((4, 4), (4, 4)) for tower in ("text", "vision")}
     causal = {"text": facts.pop("text"), "vision": "bidirectional"}
     return Family(name, "dual", make, towers, causal, **facts)
@@ -232,8 +223,8 @@ def dual(name: str, prefix: str, **facts: Any) -> Family:
 def multimodal(name: str, model: str, config: str, options: dict[str, Any], **facts: Any) -> Family:
     towers = {"": ((4, 4), (2, 2)), "vision": ((4, 4), (4, 4))}
     causal = {"": "causal", "vision": "bidirectional"}
-    make = lambda: getattr(hf, model)(getattr(hf, config)(**options))  # noqa: E731
-    return Family(name, "multimodal", make, towers, causal, generates=True, proved=True, image_tokens=4, **facts)
+    make = partial(made, model, config, options)
+    return Family(name, "multimodal", make, towers, causal, generates=True, image_tokens=4, **facts)
 
 
 def qwen_vl(name: str, prefix: str, vision_options: dict[str, Any], grid: tuple[int, int], **facts: Any) -> Family:
@@ -276,7 +267,6 @@ T5 = {
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "decoder_start_token_id": PAD,
     "pad_token_id": PAD, "eos_token_id": EOS,
 }  # fmt: skip
-YARN_FREE = {"rope_parameters": dict(ROPE)}
 TWO_ROPES = {"rope_parameters": {"sliding_attention": dict(ROPE), "full_attention": dict(ROPE)}}
 ENCODER = {key: value for key, value in SMALL.items() if key != "eos_token_id"}
 CLIP_VISION = {**VISION, "patch_size": 8, "model_type": "clip_vision_model"}
@@ -313,7 +303,8 @@ _ALL = [
     ),
     decoder(
         "gpt_oss", "GptOssForCausalLM", "GptOssConfig",
-        {**GROUPED, **MOE, **YARN_FREE, "head_dim": 8, "sliding_window": WINDOW, "layer_types": ALTERNATING},
+        {**GROUPED, **MOE, "rope_parameters": dict(ROPE), "head_dim": 8, "sliding_window": WINDOW,
+         "layer_types": ALTERNATING},
         sliding_window=WINDOW, sinks=True, implementation="eager",
     ),
     decoder("phi3", "Phi3ForCausalLM", "Phi3Config", GROUPED),
@@ -354,7 +345,7 @@ _ALL = [
         "modernbert", "ModernBertForMaskedLM", "ModernBertConfig",
         {**SMALL, "cls_token_id": BOS, "sep_token_id": EOS, "local_attention": WINDOW,
          "layer_types": ["full_attention", "sliding_attention"], **TWO_ROPES},
-        sliding_window=WINDOW // 2, proved=True,
+        sliding_window=WINDOW // 2,
     ),
     encoder_decoder("t5", "seq2seq", "T5ForConditionalGeneration", "T5Config", T5, gain=1.0),
     encoder_decoder(
@@ -362,8 +353,8 @@ _ALL = [
         {**BART, "max_position_embeddings": 128, "forced_eos_token_id": None},
     ),
     encoder_decoder("whisper", "speech", "WhisperForConditionalGeneration", "WhisperConfig", SPEECH),
-    vision("vit", "ViTForImageClassification", "ViTConfig", VISION, proved=True),
-    vision("dinov2", "Dinov2Model", "Dinov2Config", {**VISION, "mlp_ratio": 2}, proved=True),
+    vision("vit", "ViTForImageClassification", "ViTConfig", VISION),
+    vision("dinov2", "Dinov2Model", "Dinov2Config", {**VISION, "mlp_ratio": 2}),
     dual("clip", "CLIP", text="causal"),
     dual("siglip", "Siglip", text="bidirectional"),
     multimodal(
