@@ -93,9 +93,9 @@ PAPER = Paper(
             ),
             control="the same models before training",
             known=(
-                "the sink and the drained value grow in every seed, but the residual norm of BOS reaches 1.07 to 1.58 of "
-                "the others within 1,200 steps at width 64 (the paper: 10,000 steps and more at width 256), and the sink "
-                "of the three-layer model stays below 0.5 in two seeds of three"
+                "the sink and the drained value grow in every seed, but the residual norm of BOS reaches 1.07 to 1.58 "
+                "of the others within 1,200 steps at width 64 (the paper: 10,000 steps and more at width 256), and "
+                "the sink of the three-layer model stays below 0.5 in two seeds of three"
             ),
         ),
         Claim(
@@ -130,9 +130,9 @@ PAPER = Paper(
             ),
             control="the unconstrained run of the same seed and steps",
             known=(
-                "at this size the sink does not need the drain: with the value of BOS held it ends at 0.75 to 0.89, above "
-                "the free run; the other half holds (the value stays when the weight is held), and the two move against "
-                "each other with rank correlations of -0.70 to -0.94"
+                "at this size the sink does not need the drain: with the value of BOS held it ends at 0.75 to 0.89, "
+                "no lower than in the free run; the other half holds (the value stays when the weight is held), and "
+                "the two move against each other with rank correlations of -0.70 to -0.94"
             ),
         ),
         Claim(
