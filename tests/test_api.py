@@ -78,6 +78,16 @@ def test_token_ids_need_no_tokenizer():
         hw.scan(model, text=torch.full((1, 4), 64))
 
 
+@pytest.mark.parametrize("name", ["albert", "clip", "deepseek_v3", "gpt_oss", "qwen2_5_vl", "qwen3_next", "t5"])
+def test_models_of_every_shape_are_read(name):
+    found = hw.scan(FAMILIES[name].build(), text=torch.arange(8, 48).view(2, 20))
+    read = {head.tower for head, score in found.of("sink").items() if score is not None}
+    assert read == {"clip": {"text"}, "t5": {"decoder", "encoder", "cross"}}.get(name, {""})
+    unread = {tower.name for tower in found.layout.towers} - read
+    assert all(any(f"The {tower} tower was not read" in note for note in found.notes) for tower in unread)
+    assert bool(found.examples) != any("is not shown" in note for note in found.notes)
+
+
 def test_probes_by_name_class_and_object(loaded):
     class Mine(Probe):
         name = "mine"

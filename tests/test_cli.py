@@ -496,10 +496,11 @@ def test_training_writes_a_specimen(document, tmp_path):
     found = document("train", "planted", "--out", "made")
     assert marked(found)
     assert found["specimen"] == "planted"
-    assert any(path.endswith("model.safetensors") for path in found["files"])
+    assert {"model.safetensors", "card.json", "heads.json"} <= {Path(path).name for path in found["files"]}
     assert set(found) >= {"seconds", "metrics"}
     again = document("scan", "made", "--probe", "sink")
     assert again["probes"]["sink"]["1.1"] > 0.99
+    assert json.loads(Path("made/heads.json").read_text())["probes"]["sink"] == again["probes"]["sink"]
 
 
 def test_benchmarks_come_from_the_registry(document, call, monkeypatch):

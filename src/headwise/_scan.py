@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from headwise._folders import writable_folder
 from headwise._inputs import Inputs, Pass
-from headwise._texts import read_text
+from headwise._texts import Text, read_text
 from headwise.attend.addresses import Head, Layout, nearest
 from headwise.attend.head_map import HeadMap
 from headwise.attend.probes import PROBES
@@ -29,7 +30,11 @@ from headwise.specimens.registry import load_specimen, specimen_names
 
 __all__ = ["Scan", "compare", "resolve_probes", "scan"]
 
-EXAMPLE_TOKENS, EXAMPLES_PER_PROBE = 256, 3
+EXAMPLE_TOKENS, EXAMPLES_PER_PROBE = 400, 3
+# Heads that copy show what they do on a prompt that says something twice.
+COPYING = ("duplicate", "induction", "induction-repeat", "previous", "retrieval")
+PLAIN = "The captain said"
+REPEATING = "Teresa Novak lives in Geneva, above the shop. Teresa Novak lives in"
 Progress = Callable[[int, int, str], None]
 Rows = Literal["auto", "all"]
 AnyProbe = Probe | PromptProbe
@@ -92,7 +97,11 @@ class Scan(HeadMap):
                 "scores": table,
                 "top": [str(head) for head in top],
                 "try": suggest(
-                    name, model=self.model, map_path=str(files["heads.json"]), tower=top[0].tower if top else ""
+                    name,
+                    model=self.model,
+                    map_path=str(files["heads.json"]),
+                    tower=top[0].tower if top else "",
+                    prompt=REPEATING if name in COPYING else PLAIN,
                 ),
             }
         document |= {"texts": self.texts, "examples": self.examples, "comparison": comparison}
@@ -142,7 +151,7 @@ def scan(
     tokenizer: Any = None,
     *,
     probes: str | Iterable[str | AnyProbe | type[AnyProbe]] | None = None,
-    text: Path | str | Sequence[str] | Tensor | None = None,
+    text: Path | str | Sequence[str] | Tensor | Text | None = None,
     images: str | os.PathLike[str] | None = None,
     rows: Rows = "auto",
     window: int = 1024,
@@ -171,7 +180,7 @@ def scan(
         raise InputError(f"rows: {rows!r} is unknown; choose auto or all")
     if window < 8 or batch_tokens < 8:
         raise InputError(f"window, batch_tokens: {window}, {batch_tokens}; expected at least 8 tokens each")
-    given = text if isinstance(text, Tensor | None) else read_text(text)
+    given = text if isinstance(text, Tensor | Text | None) else read_text(text)
     loaded = _loaded(model, tokenizer, device, dtype)
     inputs = Inputs(loaded, given, None if images is None else Path(images), window, batch_tokens)
     was_training = loaded.model.training
@@ -303,14 +312,46 @@ def _examples(result: Scan, inputs: Inputs) -> tuple[list[dict[str, Any]], list[
             for heads in towers.values():
                 for head in heads[place : place + 1]:
                     wanted.setdefault(head, name)
-    maps = maps_during(inputs.model, example.run, list(wanted))
+    try:
+        maps = maps_during(inputs.model, example.run, list(wanted))
+    except ValueError as error:  # a layer that is used at several depths has several maps a head
+        result.notes.append(f"Attention over the text is not shown: {error}.")
+        return [], []
     order = list(example.texts)
     texts = [example.texts[tower] for tower in order]
     examples = [
-        {"probe": name, "head": str(head), "text": order.index(head.tower), "rows": sparse_rows(maps[head][0])}
+        {
+            "probe": name,
+            "head": str(head),
+            "text": order.index(head.tower),
+            "rows": sparse_rows(maps[head][0]),
+            "focus": _focus(maps[head][0], texts[order.index(head.tower)]["tokens"]),
+        }
         for head, name in wanted.items()
     ]
     return texts, examples
+
+
+def _focus(weights: Float[Tensor, "t s"], tokens: Sequence[str]) -> int:
+    """The row to show first: a word from which the head looks hard at something, not at itself or at the start.
+
+    A head that looks nowhere else is shown at a late word.
+    """
+    t = weights.shape[0]
+    elsewhere = weights.detach().clone()
+    elsewhere[:, 0] = 0
+    elsewhere.diagonal().zero_()
+    # What follows an earlier copy of the word, or is one, tells more than any other place.
+    same = torch.tensor([[a == b for b in tokens] for a in tokens], device=weights.device).tril(-1)
+    copies = (elsewhere * (same | same.roll(1, 1)).tril(-1)).sum(-1)
+    strength = elsewhere.amax(-1) + copies
+    words = torch.tensor([len(token.strip()) > 2 for token in tokens], device=weights.device)
+    strength[~words] = -1
+    strength[: t // 8] -= 1  # the first rows have little to look at
+    if strength.amax() < 0.2:
+        late = words.nonzero().flatten()
+        return int(late[len(late) * 3 // 4]) if len(late) else t - 1
+    return int(strength.argmax())
 
 
 def compare(scan: HeadMap, other: HeadMap | str | os.PathLike[str], *, k: int | None = None) -> dict[str, Any]:

@@ -81,6 +81,8 @@ def test_bad_requests_are_refused():
     multimodal = FAMILIES["llava"].build()
     with pytest.raises(ValueError, match=r"vision:0\.0 was not called"):
         attention_maps(multimodal, IDS, "vision:0.0")
+    with pytest.raises(ValueError, match="AlbertForMaskedLM uses one layer at several depths"):
+        attention_maps(FAMILIES["albert"].build(), IDS)
     both = FAMILIES["llava"].inputs(multimodal)
     with pytest.raises(ValueError, match="different shapes"):
         attention_maps(multimodal, both, ["0.0", "vision:0.0"])

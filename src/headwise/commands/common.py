@@ -94,8 +94,9 @@ class Output:
         """Show how far the work is: one line that is written over, or a line now and then where nobody looks on."""
         line = f"{what} {done:,} of {total:,}" if total > 1 else what
         if sys.stderr.isatty():
-            share = round(24 * done / total) if total else 0
-            print(f"\r\x1b[K{line} {'█' * share}{'·' * (24 - share)}", end="", file=sys.stderr, flush=True)
+            share = round(24 * done / total) if total > 1 else 0
+            bar = f" {'█' * share}{'·' * (24 - share)}" if total > 1 else " ..."
+            print(f"\r\x1b[K{line}{bar}", end="", file=sys.stderr, flush=True)
             self._shown = True
         elif not self._said:
             self._said = time.monotonic()  # the work begins; what is done within seconds is not worth a line

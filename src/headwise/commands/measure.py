@@ -87,6 +87,7 @@ def train(
         writable_folder(folder.parent)
         started = time.monotonic()
         made = _train(said, specimen, folder, seed, steps)
+        _map_heads(said, made, specimen, seed)
         card = json.loads((made / "card.json").read_text(encoding="utf-8"))
         metrics = {key: value for key, value in card.items() if key in ("losses", "accuracies", "figures", "truth")}
         files = sorted(str(path) for path in made.rglob("*") if path.is_file())
@@ -97,6 +98,17 @@ def train(
         for name, values in metrics.items():
             print(f"  {name}: {json.dumps(values)}")
         print(f"use it: headwise scan {made}")
+
+
+def _map_heads(said: Output, folder: Path, name: str, seed: int) -> None:
+    """Scan what was trained and write its head map beside it, so that selections by score need no scan of their own."""
+    from headwise.api import scan
+
+    said.progress(0, 1, "scanning")
+    found = scan(folder, probes="all", seed=seed, progress=said.progress)
+    found.model = name
+    said.clear()
+    found.save(folder / "heads.json")
 
 
 def _train(said: Output, specimen: str, folder: Path, seed: int, steps: int | None) -> Path:

@@ -76,11 +76,10 @@ def run(
 
     quiet_libraries()
     probes = named_probes(probe)
-    if text is not None:
-        read_text(text)  # refused before a model is loaded
+    words = None if text is None else read_text(text)  # refused before a model is loaded
     other = _other_map(compare)
     options: dict[str, Any] = {
-        "probes": probes, "text": text, "images": images, "rows": rows, "window": window,
+        "probes": probes, "text": words, "images": images, "rows": rows, "window": window,
         "batch_tokens": batch_tokens, "seed": seed, "device": device_of(device), "dtype": dtype_of(dtype),
         "progress": said.progress,
     }  # fmt: skip

@@ -314,5 +314,5 @@ def _number(value: float | None) -> str:
 
 def _line(text: str) -> str:
     """A text on one line, without what would steer a terminal."""
-    shown = text.strip("\n").replace("\n", "↵ ")
+    shown = text.strip().replace("\n", "↵ ")
     return "".join(c if c.isprintable() else "·" for c in shown)

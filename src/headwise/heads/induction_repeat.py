@@ -41,7 +41,7 @@ class InductionRepeat(PromptProbe):
             raise UnsupportedModel(f"{self.name}: {type(model).__name__} is no decoder; only decoders repeat a text")
         pool = frequent_tokens(tokenizer, vocabulary_size(model))
         config: Any = model.config
-        bos = config.bos_token_id if tokenizer is None else tokenizer.bos_token_id
+        bos = getattr(config.get_text_config() if tokenizer is None else tokenizer, "bos_token_id", None)
         first, words = (pool[0], pool[1:]) if bos is None else (bos, [i for i in pool if i != bos])
         room = (context_length(model, tokenizer) or 2 * SEGMENT + 1) - 1
         segment = min(SEGMENT, len(words), room // 2)

@@ -24,6 +24,7 @@ class _Maps(Probe):
         super().__init__(differentiable=differentiable)
         self.rows = rows
         self.calls: dict[Head, list[Tensor]] = {head: [] for head in heads}
+        self.repeated = False
         self.places: dict[tuple[str, int], list[Head]] = {}
         for head in self.calls:
             self.places.setdefault((head.tower, head.layer), []).append(head)
@@ -35,6 +36,9 @@ class _Maps(Probe):
         weights = torch.cat([block.weights for block in reading.blocks(trim=False)], 2)
         if self.rows is not None:
             weights = weights[:, :, _checked(self.rows, weights.shape[2])]
+        # A tower that attends once per image or window tells nothing of its tokens; a layer that is used at several
+        # depths is called on the same known tokens again.
+        self.repeated |= bool(self.calls[wanted[0]]) and bool((reading.call.step.ids >= 0).any())
         for head in wanted:
             self.calls[head].append(weights[:, head.head])
 
@@ -79,6 +83,11 @@ def maps_during(
     kept = _Maps(heads, None if rows is None else [int(row) for row in rows], differentiable)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()), probe(model, kept):
         run()
+    if kept.repeated:
+        raise ValueError(
+            f"attention_maps: {type(model).__name__} uses one layer at several depths, so a head has several maps; "
+            "read them with a probe of your own (headwise.attend.Probe), which sees every call"
+        )
     return {head: _joined(head, calls) for head, calls in kept.calls.items()}
 
 
