@@ -23,17 +23,6 @@ RIGHT = ("llama", "gemma2", "gpt_oss", "opt", "bert", "modernbert", "t5", "whisp
 PADDINGS = [(name, None) for name in FAMILIES] + [(name, "left") for name in FAMILIES if FAMILIES[name].padded]
 PADDINGS += [(name, "right") for name in RIGHT]
 
-DECODER_MASK = "hf.steps takes the encoder's padding mask for the decoder's where none was given for it"
-PAD_ROWS = "hf.maps gives pad rows of models with additive masks a weight of 1 on their own key instead of 0"
-
-
-def known(values: list[Any], failing: list[Any], reason: str) -> list[Any]:
-    """Parameters of a test, some of which are known to fail."""
-    mark = pytest.mark.xfail(strict=True, reason=reason)
-    several = [value if isinstance(value, tuple) else (value,) for value in values]
-    wrong = [value if isinstance(value, tuple) else (value,) for value in failing]
-    return [pytest.param(*value, marks=[mark] if value in wrong else []) for value in several]
-
 
 def given(family: Family, model: Any, padding: Any = None, batch: int = 2) -> dict[str, Tensor]:
     return family.inputs(model, batch, 24 if family.kind == "multimodal" else 13, padding)
@@ -219,7 +208,7 @@ def keep_stream(kept: list[tuple[Tensor, Tensor]], _: nn.Module, args: tuple, ou
     kept.append((batched(args[0]), batched(out)))
 
 
-@pytest.mark.parametrize(("name", "padding"), known(PADDINGS, [("t5", "left"), ("bart", "left")], DECODER_MASK))
+@pytest.mark.parametrize(("name", "padding"), PADDINGS)
 def test_every_probe_equals_written_out_weights(name, padding):
     family = FAMILIES[name]
     model = family.build()
@@ -272,7 +261,7 @@ def test_sinks_are_found_in_longer_texts(name):
             torch.testing.assert_close(read.scores()[tower, layer], expected[read.name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", known(list(FAMILIES), ["gemma2"], PAD_ROWS))
+@pytest.mark.parametrize("name", list(FAMILIES))
 def test_raw_maps_equal_written_out_weights(name):
     family = FAMILIES[name]
     model = family.build()
@@ -322,7 +311,7 @@ EDITS: dict[str, tuple[Any, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", known(list(FAMILIES), ["t5", "bart"], DECODER_MASK))
+@pytest.mark.parametrize("name", list(FAMILIES))
 def test_group_edits_equal_written_out_weights(name):
     """Two heads of every layer of a tower, keys 1, 2 and 4, on a padded batch: what comes out of the model."""
     family = FAMILIES[name]

@@ -123,3 +123,13 @@ def test_decompose_finds_padding(t, padding, left):
 )
 def test_decompose_leaves_other_masks(mask):
     assert decompose(mask) is None
+
+
+def test_least_numbers_are_hidden_exactly_and_once():
+    low = torch.finfo(torch.float32).min
+    mask = torch.tensor([[0.0, low], [low, low], [-3.0, low + 0.0]])
+    exact = masks.hide_exactly(mask)
+    assert exact.tolist() == [[0.0, -torch.inf], [-torch.inf, -torch.inf], [-3.0, -torch.inf]]
+    assert masks.hide_exactly(mask) is exact
+    boolean = torch.tensor([True, False])
+    assert masks.hide_exactly(boolean) is boolean

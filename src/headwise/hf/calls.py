@@ -10,6 +10,7 @@ from headwise.attend.call import Call
 from headwise.attend.step import Step
 from headwise.errors import UnsupportedModel
 from headwise.hf import dispatch
+from headwise.ops.masks import hide_exactly
 
 __all__ = ["Plain", "read_call"]
 
@@ -75,6 +76,8 @@ def read_call(
         mask, causal = mask[:, None, None].bool(), is_causal
     elif mask is not None and mask.shape[-1] > key.shape[2]:
         mask = mask[..., : key.shape[2]]
+    if mask is not None:
+        mask = hide_exactly(mask)
     if options.get("position_bias") is not None:
         mask, causal = _with_bias(options["position_bias"], mask, causal), False
     if step is None or step.real.shape[0] != query.shape[0] or step.total < t:

@@ -208,7 +208,9 @@ class Session:
             for tower in towers:
                 if tower not in trackers:
                     trackers[tower] = StepTracker(stack, image_token)
-                trackers[tower].begin(args, kwargs, getattr(self._thread, "outer", {}))
+                # The model's own arguments are the encoder's, where there is one.
+                outer = {} if tower in ("decoder", "cross") else getattr(self._thread, "outer", {})
+                trackers[tower].begin(args, kwargs, outer)
                 self._latest[tower] = trackers[tower]
 
         return hook

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["additive", "decompose", "empty_rows", "visible"]
+__all__ = ["additive", "decompose", "empty_rows", "hide_exactly", "visible"]
 
 _memo = WeakIdKeyDictionary()  # mask -> {what was asked: (version of the mask, answer)}
 _Answer = TypeVar("_Answer")
@@ -45,6 +45,16 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Float[Tensor, "..."]:
         return mask.to(dtype)
 
     return _once(mask, ("additive", dtype), answer)
+
+
+def hide_exactly(mask: Tensor) -> Tensor:
+    """An additive mask with -inf where it holds (about) the least number of its dtype; a boolean one as it is.
+
+    Models mask with `finfo.min`; a row that sees nothing then attends evenly to all keys, future ones included.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    return _once(mask, "exactly", lambda: mask.masked_fill(mask <= torch.finfo(mask.dtype).min / 2, -torch.inf))
 
 
 def visible(
