@@ -80,7 +80,11 @@ def materialised(n: int) -> Callable[[], Any]:
 def transformer_lens(n: int) -> Callable[[], Any]:
     from transformer_lens.model_bridge import TransformerBridge
 
-    bridge = TransformerBridge.boot_transformers("llama", hf_model=model("eager"))
+    from headwise.specimens.registry import load_specimen
+
+    # It asks for a tokenizer and never uses it here.
+    tokenizer = load_specimen("text").tokenizer
+    bridge = TransformerBridge.boot_transformers("llama", hf_model=model("eager"), tokenizer=tokenizer)
 
     @torch.no_grad()
     def run() -> Any:
