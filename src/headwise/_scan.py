@@ -369,6 +369,10 @@ def compare(scan: HeadMap, other: HeadMap | str | os.PathLike[str], *, k: int | 
         )
     quarter = len(scan.layout.heads()) // 4
     found = comparison(scan, theirs, k=k if k is not None else max(1, min(10, quarter)))
+    if len(scan.layout.heads("*")) < 2:
+        raise InputError("compare: these models have one head, and ranks need two; look at the scores themselves")
+    if theirs.model == scan.model and theirs.source:  # the same model on another text
+        found["name"] = f"{theirs.model} on {theirs.source}"
     if not found["probes"]:
         raise InputError(
             f"compare: no probe in common; here {', '.join(scan.probes)}, there {', '.join(theirs.probes)}"
@@ -378,6 +382,10 @@ def compare(scan: HeadMap, other: HeadMap | str | os.PathLike[str], *, k: int | 
 
 def _shape(table: Layout) -> str:
     return "; ".join(
-        f"{t.name + ': ' if t.name else ''}{t.layers} layers of up to {max(t.heads, default=0)} heads"
+        f"{t.name + ': ' if t.name else ''}{_count(t.layers, 'layer')} of up to {_count(max(t.heads), 'head')}"
         for t in table.towers
     )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"

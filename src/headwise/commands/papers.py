@@ -1,5 +1,8 @@
 """`headwise papers` and `headwise reproduce`: the catalogue, and running its claims."""
 
+import shutil
+import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,8 +13,6 @@ from headwise.commands.common import DEFAULT_OUT, Device, Json, Output, Seed, de
 from headwise.errors import InputError
 
 __all__ = ["papers", "reproduce"]
-
-MARKS = {"reproduced": "yes", "not reproduced": "NO", "inconclusive": "open", None: "-"}
 
 
 def papers(
@@ -39,7 +40,7 @@ def papers(
 
 
 def _one(paper: dict[str, Any]) -> None:
-    print(f"{paper['title']}\n{paper['authors']}, {paper['venue'] or 'preprint'} {paper['year']}")
+    print(f"{paper['title']}\n{paper['authors']} ({paper['year']}), {paper['venue'] or 'preprint'}")
     if paper["arxiv"]:
         print(f"arXiv {paper['arxiv']}")
     print(f"\nstatus   {paper['status']}" + "".join(f"\n         missing: {item}" for item in paper["missing"]))
@@ -57,14 +58,21 @@ def _one(paper: dict[str, Any]) -> None:
 def _rows(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         kind = "" if row["kind"] == "claim" else f" ({row['kind']})"
-        print(f"{row['id']}{kind}: {row['claim']}")
+        _wrapped(f"{row['id']}{kind}: {row['claim']}", "  ")
         figure = {"paper": row["paper_figure"], "here": row["measured"], "control": row["control"]}
         for name, value in figure.items():
             if value is not None:
-                print(f"    {name:9} {value}")
-        print(f"    {'criterion':9} {row['criterion']}")
+                _wrapped(f"    {name:9} {value}")
+        _wrapped(f"    {'criterion':9} {row['criterion']}")
         verdict = "untestable" if row["kind"] == "untestable" else row["verdict"] or "not run"
-        print(f"    {'verdict':9} {verdict}" + (f": {row['known']}" if row["known"] else ""))
+        _wrapped(f"    {'verdict':9} {verdict}" + (f": {row['known']}" if row["known"] else ""))
+
+
+def _wrapped(line: str, indent: str = " " * 14) -> None:
+    """Print a line; in a terminal broken at words, further lines indented."""
+    if sys.stdout.isatty():
+        line = textwrap.fill(line, min(110, shutil.get_terminal_size().columns), subsequent_indent=indent)
+    print(line)
 
 
 def reproduce(

@@ -83,6 +83,7 @@ def run(
         "batch_tokens": batch_tokens, "seed": seed, "device": device_of(device), "dtype": dtype_of(dtype),
         "progress": said.progress,
     }  # fmt: skip
+    said.progress(0, 1, f"loading {model}")
     found = api.scan(model, **options)
     comparison = None
     if compare is not None:
@@ -138,7 +139,8 @@ def _print(found: Any, comparison: dict[str, Any] | None, files: dict[str, Path]
 
     main = found.layout.main
     heads = max(main.heads, default=0)
-    print(f"{found.model}: {main.layers} layers, up to {heads} heads each; {found.source}", flush=True)
+    size = f"{main.layers} layer{'s' * (main.layers != 1)}, up to {heads} head{'s' * (heads != 1)} each"
+    print(f"{found.model}: {size}; {found.source}")
     print()
     print_scan(found)
     if comparison:

@@ -88,6 +88,7 @@ def run(
     from headwise.api import load, steer
 
     quiet_libraries()
+    said.progress(0, 1, f"loading {name}")
     loaded = load(name, device=device_of(device), dtype=dtype_of(dtype))
     steering = Steering(said, loaded, head_map, seed)
     prompt = writing.read_prompt(loaded, prompt_text, new)
