@@ -117,6 +117,22 @@ def test_parts_of_models_have_addresses_too():
     assert tower_kinds(FAMILIES["clip"].build().text_model) == {"": "causal"}
 
 
+def test_what_a_whole_model_masks_says_nothing_of_its_vision_tower():
+    text: Any = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    vision: Any = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = hf.PaliGemmaConfig(text_config=text, vision_config=vision | {"image_size": 16, "patch_size": 8})
+    assert tower_kinds(hf.PaliGemmaForConditionalGeneration(config)) == {"": "causal", "vision": "bidirectional"}
+
+
+def test_a_decoder_that_also_masks_its_encoder_is_causal():
+    sizes: dict[str, Any] = {"d_model": 32, "vocab_size": VOCAB, "max_position_embeddings": 32, "num_experts": 2}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": 1, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 48}
+    kinds = tower_kinds(hf.NllbMoeForConditionalGeneration(hf.NllbMoeConfig(**sizes)))
+    assert kinds == {"encoder": "bidirectional", "decoder": "causal", "cross": "cross"}
+
+
 def test_cross_attention_inside_a_decoder_is_a_tower_of_its_own():
     config = hf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, add_cross_attention=True)
     model = hf.GPT2LMHeadModel(config)

@@ -121,13 +121,15 @@ def tower_kinds(model: nn.Module) -> dict[str, TowerKind]:
     """Tower -> whether its rows see only the past ("causal"), everything, or another sequence ("cross")."""
     inner = unwrap(model)
     kinds: dict[str, TowerKind] = {}
-    for found in _find(inner):
+    every = _find(inner)
+    for found in every:
         if found.tower in kinds:
             continue
         if _is_cross(found.path, found.module):
             kinds[found.tower] = "cross"
         else:
-            kinds[found.tower] = "causal" if _is_causal(inner, found) else "bidirectional"
+            others = {other.module for other in every if other.tower not in (found.tower, "cross")}
+            kinds[found.tower] = "causal" if _is_causal(inner, found, others) else "bidirectional"
     return kinds
 
 
@@ -272,12 +274,17 @@ def _is_cross(path: str, module: nn.Module) -> bool:
     return bool(CROSS.search(path.rsplit(".", 1)[-1]) or re.search("Cross", type(module).__name__))
 
 
-def _is_causal(model: PreTrainedModel, found: _Found) -> bool:
+def _is_causal(model: PreTrainedModel, found: _Found, others: set[nn.Module]) -> bool:
+    """others: the modules of other towers; what is built around those too says nothing of this one."""
     if getattr(found.module, "is_causal", False) is True:
         return True
     for owner in _owners(model, found.path):  # CLIP's text tower says so only in the mask that it builds
+        if any(part in others for part in owner.modules()):
+            return False
         code = getattr(inspect.unwrap(type(owner).forward), "__code__", None)
         masks = set(code.co_names if code else ()) & (CAUSAL_MASKS | OTHER_MASKS)
+        if masks & CAUSAL_MASKS and masks & OTHER_MASKS:  # the other mask may be that of an encoder
+            return found.tower == "decoder" or getattr(owner.config, "is_decoder", False) is True
         if masks:
             return masks <= CAUSAL_MASKS
     return False
