@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+import transformers as hf
 from tests.zoo import FAMILIES
 from torch import nn
 
@@ -274,3 +275,15 @@ def test_a_second_look_does_not_run_the_model_again():
     assert not runs
     model.model.layers[0].mlp = nn.Sequential(model.model.layers[0].mlp)
     assert find_sites(model).layers[0].mlp is model.model.layers[0].mlp, "a changed model is looked at anew"
+
+
+def test_a_mixer_beside_attention_has_a_write_of_its_own():
+    """Falcon-H1 runs a state-space mixer and attention side by side, each with a factor."""
+    config = hf.FalconH1Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=4,
+        attention_out_multiplier=0.5, ssm_out_multiplier=0.25, pad_token_id=0,
+    )  # fmt: skip
+    found = find_sites(hf.FalconH1ForCausalLM(config).eval())
+    assert [str(site) for site in found.writes(1)] == ["attention:1", "mixer:1", "mlp:1"]
+    assert found.error < 1e-5

@@ -280,7 +280,9 @@ def _label(
         unclaimed.remove(module)
         path = next(path for path, part in call.module.named_modules(prefix=call.path) if part is module)
         labelled[attention[module]] = _write(node, element, factor, path, dim)
-    names = ["mlp"] if labelled or (len(others) == 1 and not unclaimed and _feeds_forward(others)) else ["mixer", "mlp"]
+    names = ["mixer", "mlp"]
+    if len(others) == 1 and (labelled or unclaimed or _feeds_forward(others)):
+        names = ["mlp"]
     if unclaimed and not labelled:  # its output was reshaped before it was normed: the first write is its
         names = [attention[unclaimed[0]], "mlp"]
     if len(others) > len(names):
