@@ -322,7 +322,7 @@ def _resolve(model: nn.Module, chosen: Any, tower: str | None) -> Sites:
         return find_sites(model, tower=tower)
     if chosen.model is not unwrap(model):
         raise ValueError(
-            f"sites: these belong to another {type(chosen.model).__name__} object; make them anew with find_sites(model)"
+            f"sites: these belong to another {type(chosen.model).__name__} object; make new ones with find_sites(model)"
         )
     return chosen
 
