@@ -179,6 +179,17 @@ def test_teacher_forced_scores_are_those_of_decoding(name):
         assert one == pytest.approx(other, abs=1e-12)
 
 
+@pytest.mark.parametrize("name", DECODERS)
+def test_answers_are_those_of_generate(name):
+    """Padded on the left together, as `generate` takes them; nothing of headwise is in its way."""
+    model: Any = FAMILIES[name].build()
+    prompts = [words(1, n, torch.Generator().manual_seed(n))[0] for n in (17, 9, 12)]
+    ids = torch.stack([torch.cat([torch.zeros(17 - len(one), dtype=torch.long), one]) for one in prompts])
+    mask = torch.stack([torch.arange(17) >= 17 - len(one) for one in prompts]).long()
+    expected = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False)[:, 17:]
+    assert greedy_answers(model, prompts, max_new_tokens=6) == expected.tolist()
+
+
 def test_single_hits_add_up_to_the_scores():
     model, prompts = planted_llama.build(), needles()
     found = copy_hits(model, prompts)
@@ -320,6 +331,18 @@ def test_published_scores_are_read_with_their_runs(tmp_path):
     mine.to_retrieval_json(tmp_path / "mine.json")
     again = HeadMap.from_retrieval_json(tmp_path / "mine.json", layout(planted.build()))
     assert again.runs == mine.runs and again.of() == mine.of()
+
+
+def test_the_strongest_heads_that_the_authors_name_are_read_in_their_order():
+    """The ten figures of the official README for Llama-2-7B-80K, written here in the format of its score files."""
+    told = {
+        "16-19": 0.94, "11-15": 0.92, "8-26": 0.80, "6-9": 0.62, "7-12": 0.61, "17-22": 0.56, "11-2": 0.46,
+        "6-16": 0.44, "19-15": 0.42, "21-30": 0.40,
+    }  # fmt: skip
+    zero = {f"{layer}-{head}": [0.0] for layer in range(32) for head in range(32)}
+    found = HeadMap.from_retrieval_json({**zero, **{place: [score] for place, score in told.items()}})
+    assert [f"{head.layer}-{head.head}" for head in found.top(k=10)] == list(told)
+    assert len(found.select(threshold=0.1)) == 10 and len(found.layout.heads()) == 1024
 
 
 @pytest.mark.parametrize(
