@@ -288,7 +288,7 @@ def test_bfloat16_stays_near_single_precision():
 # Decoding
 
 
-def told(model: Any, batch: dict[str, Tensor], **options: Any) -> Tensor:
+def told(model: Any, batch: dict[str, Tensor], **options: Any) -> Any:
     torch.manual_seed(0)
     return model.generate(
         **{name: value for name, value in batch.items() if name != "position_ids"},

@@ -3,7 +3,13 @@
 Method: headwise/steering/zero_tuning.py. The first token is a sink, so the lever is long.
 """
 
+from collections.abc import Mapping
+
+from headwise.papers import _zero_tuning_rows as rows_of
 from headwise.papers.record import Claim, Paper
+from headwise.papers.running import Run
+from headwise.papers.verdicts import Measured
+from headwise.report.plots import COLOURS, MARKERS, bars, figure, lines
 
 PAPER = Paper(
     slug="zero-tuning",
@@ -14,9 +20,14 @@ PAPER = Paper(
     arxiv="2505.11739",
     repository="FeijiangHan/ZeroTuning",
     area="steering",
-    modules=("headwise.steering.zero_tuning",),
-    specimens=("tasks", "text"),
-    missing="its run",
+    modules=(
+        "headwise.steering.zero_tuning",
+        "headwise.steering.search",
+        "headwise.tasks.prompted",
+        "headwise.specimens.prompts",
+        "headwise.papers._zero_tuning_rows",
+    ),
+    specimens=("tasks", "text", "backcopy", "backcopy-deep"),
     claims=(
         Claim(
             id="control-point",
@@ -170,3 +181,48 @@ PAPER = Paper(
         ),
     ),
 )
+
+
+def reproduce(run: Run) -> dict[str, Measured]:
+    """Scale the first token of the shipped models, everywhere, by layer and by head, beside other tokens and heads."""
+    run.log("making prompts")
+    tasks, text, deep = rows_of.subjects(run)
+    windows = text.beginnings()[:8]
+    rows = {"control-point": rows_of.control_point(run, [tasks, text, deep])}
+    rows["sharpens"], rows["entropy"] = rows_of.weights(text.model, windows)
+    rows["bias-form"], rows["composition"] = rows_of.forms(text.model, windows)
+    rows["better-token"], tokens = rows_of.better_token(run, [tasks, text])
+    rows["layers"], layers = rows_of.layers(run, [tasks, text, deep])
+    rows["heads"], heads = rows_of.heads(run, [tasks, text])
+    rows["improves"] = rows_of.improves(run, [tasks, text])
+    _draw(run, tokens, layers, heads)
+    return rows
+
+
+def _draw(
+    run: Run,
+    tokens: Mapping[str, Mapping[str, float]],
+    layers: Mapping[str, list[float]],
+    heads: Mapping[str, list[tuple[float, float]]],
+) -> None:
+    path = run.out / f"{PAPER.slug}-figure.png"
+    with figure(path, 3) as (left, middle, right):
+        kinds = {"first token": 0, "best other part": 1, "random token": 2}
+        names = [task.replace("_", " ").replace(" ", "\n") for task in tokens]
+        series = {kind: [list(gain.values())[at] for gain in tokens.values()] for kind, at in kinds.items()}
+        bars(left, names, series, y="fall of held-out loss, nats", title="Which token to scale")
+        left.tick_params(axis="x", labelsize=7)
+        deepest = max(map(len, layers.values()))
+        padded = {name: [*sizes, *[float("nan")] * (deepest - len(sizes))] for name, sizes in layers.items()}
+        lines(middle, range(deepest), padded, x="layer", y="largest change of loss, nats", title="Which layer")
+        middle.set_yscale("log")
+        middle.set_xticks(range(deepest))
+        for (name, pairs), colour, marker in zip(heads.items(), COLOURS, MARKERS, strict=False):
+            right.scatter(*zip(*pairs, strict=True), color=colour, marker=marker, label=name)
+        right.axhline(0, color="#a9aeb4", linewidth=0.8)
+        right.axvline(0, color="#a9aeb4", linewidth=0.8)
+        right.set(xlabel="change of loss at gamma 1.5", ylabel="at gamma 1 / 1.5", title="Which head")
+        right.set_xscale("symlog", linthresh=1e-3)
+        right.set_yscale("symlog", linthresh=1e-3)
+        right.legend()
+    run.figures.append(path)

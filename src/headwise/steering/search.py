@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from headwise.attend.addresses import Head, Layout, select_heads
-from headwise.attend.edit import Edit
+from headwise.attend.edit import Edit, Heads
 from headwise.attend.head_map import HeadMap
 from headwise.hf.addresses import layout
 from headwise.hf.session import steer
@@ -101,7 +101,7 @@ def search_heads(
     score: Score,
     held_out: Score,
     *,
-    candidates: str | Sequence[Head] | None = None,
+    candidates: Heads = None,
     strengths: Sequence[float] = (),
     probes: Sequence[float] = (),
     margin: float = 0.0,

@@ -169,7 +169,7 @@ def tune_initial_token(
         lambda chosen, gamma: ZeroTuning(gamma=gamma, heads=chosen),
         score,
         held_out,
-        candidates=heads if heads is None or isinstance(heads, str) else list(heads),
+        candidates=heads,
         strengths=gammas,
         probes=(probe, 1 / probe),
         draws=draws,
