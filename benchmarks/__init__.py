@@ -19,7 +19,18 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["Benchmark", "Row", "Variant", "names", "run"]
+__all__ = ["Benchmark", "Row", "Setting", "Variant", "names", "run", "setting"]
+
+
+@dataclass
+class Setting:
+    """Where benchmarks run: they read `setting` when they make a variant."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
+setting = Setting()
 
 
 @dataclass
@@ -75,12 +86,18 @@ def run(
     inputs: list[str] | None = None,
     rounds: int | None = None,
     memory: bool = True,
+    device: str | None = None,
+    dtype: str = "float32",
     log: Callable[[str], None] = lambda line: None,
 ) -> dict:
     """Run benchmarks and return the document that `headwise bench --json` prints.
 
     inputs: only these inputs. rounds: how often each variant is timed. memory: also measure peak memory.
+    device: None means the GPU where there is one.
     """
+    import torch
+
+    setting.device, setting.dtype = device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype
     rows: list[Row] = []
     for name in wanted or names():
         benchmark = load(name)
@@ -90,13 +107,13 @@ def run(
                 continue
             log(f"{name} {label}")
             rows += _measure(benchmark, label, variants(), rounds or benchmark.rounds, memory, log)
-    return {"machine": machine(), "versions": versions(), "rows": [asdict(row) for row in rows]}
+    return {"machine": machine() | {"dtype": dtype}, "versions": versions(), "rows": [asdict(row) for row in rows]}
 
 
 def machine() -> dict:
     import torch
 
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    cuda = torch.cuda.get_device_name() if setting.device.startswith("cuda") else None
     return {"system": platform.system(), "processor": _processor(), "threads": torch.get_num_threads(), "gpu": cuda}
 
 
@@ -124,12 +141,14 @@ def _measure(
     ready = [(variant, variant.make()) for variant in variants if variant.skip is None]
     for _, function in ready:
         function()  # warm-up
+    _wait()
     times: dict[str, list[float]] = {variant.name: [] for variant, _ in ready}
     for _ in range(rounds):
         for variant, function in ready:
             gc.collect()
             start = time.perf_counter()
             function()
+            _wait()
             times[variant.name].append(time.perf_counter() - start)
     peaks = {variant.name: _peak(benchmark.name, label, variant.name) for variant, _ in ready} if memory else {}
     baseline = variants[0].name
@@ -154,20 +173,33 @@ def _measure(
         yield row
 
 
+def _wait() -> None:
+    """Work on a GPU goes on after the call that asked for it."""
+    if setting.device.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize()
+
+
 def _peak(name: str, label: str, variant: str) -> float | None:
     """Peak memory of one variant in a process of its own, in KiB."""
-    command = [sys.executable, "-m", "benchmarks", name, label, variant]
+    command = [sys.executable, "-m", "benchmarks", name, label, variant, setting.device, setting.dtype]
     folder = Path(__file__).resolve().parents[1]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     return float(done.stdout.split()[-1]) if done.returncode == 0 and done.stdout.split() else None
 
 
-def report_peak(name: str, label: str, wanted: str) -> float:
-    """Run one variant twice and return the process's peak resident memory in KiB."""
+def report_peak(name: str, label: str, wanted: str, device: str, dtype: str) -> float:
+    """Run one variant twice and return the process's peak memory in KiB: resident, or allocated on the GPU."""
+    setting.device, setting.dtype = device, dtype
     variant = next(v for v in load(name).inputs[label]() if v.name == wanted)
     function = variant.make()
     function()
     function()
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 1024
     try:  # what getrusage says includes the parent's size at the fork
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return next(float(line.split()[1]) for line in lines if line.startswith("VmHWM"))

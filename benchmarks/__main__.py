@@ -1,7 +1,7 @@
-"""`python -m benchmarks NAME INPUT VARIANT` prints the peak memory of one variant; `headwise bench` calls it."""
+"""`python -m benchmarks NAME INPUT VARIANT DEVICE DTYPE` prints a variant's peak memory; `headwise bench` calls it."""
 
 import sys
 
 from benchmarks import report_peak
 
-print(report_peak(*sys.argv[1:4]))
+print(report_peak(*sys.argv[1:6]))

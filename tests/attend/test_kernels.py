@@ -354,9 +354,21 @@ def test_refuses_an_unknown_implementation():
 def test_cuda_equals_definition(dtype, kind, causal):
     q, k, v = (x.to(dtype) for x in small(b=2, h=4, n=2, t=37, s=45, d=20, e=12))
     mask = materialised.make_mask(kind, 2, 4, 37, 45)
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(dtype)  # the operators read a bias in the dtype of q
     want, want_lse = materialised.attention(q, k, v, mask=mask, causal=causal)
     on_gpu = [x.cuda().requires_grad_() for x in (q, k, v)]
     out, lse = attention_with_lse(*on_gpu, mask=None if mask is None else mask.cuda(), causal=causal)
     assert (out.cpu().double() - want).abs().max() <= TOLERANCE[dtype] * v.abs().max()
     torch.testing.assert_close(lse.cpu().double(), want_lse, rtol=1e-3, atol=1e-3)
     torch.autograd.grad(out.float().sum() + lse.clamp(min=-100).sum(), on_gpu)
+
+
+@pytest.mark.gpu
+def test_cuda_takes_a_bias_in_any_layout():
+    q, k, v = (x.float() for x in small(b=2, h=4, n=2, t=13, s=13, d=16, e=16))
+    bias = torch.randn(13, 13, 4).permute(2, 0, 1)[None]  # as T5 makes it: the heads lie innermost
+    want, want_lse = materialised.attention(q, k, v, mask=bias)
+    out, lse = attention_with_lse(q.cuda(), k.cuda(), v.cuda(), mask=bias.cuda())
+    torch.testing.assert_close(out.cpu().double(), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lse.cpu().double(), want_lse, rtol=1e-4, atol=1e-4)

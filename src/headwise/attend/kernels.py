@@ -191,8 +191,8 @@ def _fused_cuda(
         return out[..., :d], lse
     if k.shape[1] != h:
         k, v = (x.repeat_interleave(h // x.shape[1], 1) for x in (k, v))
-    if mask is not None:  # rows of the bias must start at multiples of 16
-        mask = mask.expand(*mask.shape[:-1], s)
+    if mask is not None:  # rows of the bias must be contiguous and start at multiples of 16
+        mask = mask.expand(*mask.shape[:-1], s).contiguous()
         mask = F.pad(mask, (0, -s % 16))[..., :s].expand(b, h, t, s)
     out, lse = _aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, 0.0, causal, scale=scale)[:2]
     return out[..., :d], lse[..., :t]

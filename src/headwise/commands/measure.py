@@ -9,7 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from headwise.commands.common import DEFAULT_OUT, Json, Output, Seed, document, output, quiet_libraries
+from headwise.commands.common import (
+    DEFAULT_OUT,
+    Device,
+    Dtype,
+    Json,
+    Output,
+    Seed,
+    device_of,
+    document,
+    dtype_of,
+    output,
+    quiet_libraries,
+)
 from headwise.errors import InputError
 
 __all__ = ["bench", "train"]
@@ -21,6 +33,8 @@ def bench(
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="How often each variant is timed.")] = None,
     memory: Annotated[bool, typer.Option(help="Measure peak memory too, in a process for each variant.")] = True,
     listing: Annotated[bool, typer.Option("--list", help="List the benchmarks.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Measure speed and memory beside what one would use instead, as ratios of one run."""
@@ -36,7 +50,15 @@ def bench(
 
                 raise InputError(f"bench: {given!r} is unknown; there are {', '.join(known)}{nearest(name, known)}")
         quiet_libraries()
-        found = registry.run(wanted or None, inputs=inputs, rounds=rounds, memory=memory, log=said.log)
+        found = registry.run(
+            wanted or None,
+            inputs=inputs,
+            rounds=rounds,
+            memory=memory,
+            device=device_of(device),
+            dtype=str(dtype_of(dtype or "float32")).removeprefix("torch."),
+            log=said.log,
+        )
         if as_json:
             return said.write(document(**found))
         print(f"{found['machine'].get('processor') or 'this machine'}; ratios to the first variant of each input\n")
