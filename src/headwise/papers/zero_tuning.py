@@ -61,6 +61,12 @@ PAPER = Paper(
                 "the later weights renormalised among themselves do not change at all: sharpening is of their "
                 "size, not of their shape"
             ),
+            known=(
+                "the formula holds on every row and no row changes in the wrong direction; but a head's mean change "
+                "follows its mean weight on the first token with a rank correlation of 0.98 to 0.997, below the 0.99 "
+                "that was asked for: the change of a row is not linear in its weight, so heads whose weight differs "
+                "from row to row change places"
+            ),
         ),
         Claim(
             id="better-token",
@@ -75,6 +81,11 @@ PAPER = Paper(
                 "span) does; the 95 % paired interval over prompts excludes 0 against the best of them"
             ),
             control="each task-specific group with its own best gamma; a random token with its own best gamma",
+            known=(
+                "these models answer by looking at one part of the prompt, and scaling that part is what helps; the "
+                "first token, which gets 0.08 to 0.23 of a row here and is no strong sink, moves the loss by less than "
+                "0.005 nats"
+            ),
         ),
         Claim(
             id="layers",
@@ -89,6 +100,11 @@ PAPER = Paper(
                 "depth below -0.5 and the first half of the layers above the second)"
             ),
             control="the same for a random other token",
+            known=(
+                "with three or four layers and effects of 0.0001 to 0.004 nats the order of the layers changes with the "
+                "seed of the prompts; the random token, which falls with depth as regularly, shows that depth alone "
+                "would not have told the two apart"
+            ),
         ),
         Claim(
             id="heads",
@@ -104,6 +120,10 @@ PAPER = Paper(
                 "0.05), on held-out prompts"
             ),
             control="the same count with the sign of each prompt's effect shuffled",
+            known=(
+                "the change of loss of a single head is below 0.001 nats on these models, whose heads park little on "
+                "the first token: no head of either kind is left after the correction for all heads"
+            ),
         ),
         Claim(
             id="improves",
@@ -118,6 +138,10 @@ PAPER = Paper(
                 "and over one common gamma for all heads; both 95 % paired intervals over prompts exclude 0"
             ),
             control="as many layer-matched random heads with their own best gamma",
+            known=(
+                "on the prompts of the calibration split almost no head helps alone, so almost nothing is edited on the "
+                "unseen prompts: the lever is short in models without a strong sink (row `control-point`)"
+            ),
         ),
         Claim(
             id="tasks",
@@ -222,7 +246,6 @@ def _draw(
         right.axhline(0, color="#a9aeb4", linewidth=0.8)
         right.axvline(0, color="#a9aeb4", linewidth=0.8)
         right.set(xlabel="change of loss at gamma 1.5", ylabel="at gamma 1 / 1.5", title="Which head")
-        right.set_xscale("symlog", linthresh=1e-3)
-        right.set_yscale("symlog", linthresh=1e-3)
+        right.ticklabel_format(style="sci", scilimits=(-2, 2))
         right.legend()
     run.figures.append(path)
