@@ -101,7 +101,7 @@ PAPER = Paper(
             ),
             control="the same for a random other token",
             known=(
-                "with three or four layers and effects of 0.0001 to 0.004 nats the order of the layers changes with the "
+                "with three or four layers and effects of 0.0001 to 0.004 nats their order changes with the "
                 "seed of the prompts; the random token, which falls with depth as regularly, shows that depth alone "
                 "would not have told the two apart"
             ),
@@ -139,7 +139,7 @@ PAPER = Paper(
             ),
             control="as many layer-matched random heads with their own best gamma",
             known=(
-                "on the prompts of the calibration split almost no head helps alone, so almost nothing is edited on the "
+                "on the prompts of the calibration split almost no head helps alone, so little is edited on the "
                 "unseen prompts: the lever is short in models without a strong sink (row `control-point`)"
             ),
         ),
