@@ -9,8 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from headwise.errors import InputError
+from headwise.hf.steps import CACHE_NAMES
 
-__all__ = ["as_inputs", "context_length", "frugal", "read_images", "takes", "vocabulary_size"]
+__all__ = [
+    "as_inputs",
+    "cache_of",
+    "context_length",
+    "frugal",
+    "read_images",
+    "takes",
+    "vocabulary_size",
+    "with_cache",
+]
 
 # The names under which configurations keep the longest sequence that their positions allow.
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
@@ -50,6 +60,17 @@ def vocabulary_size(model: nn.Module) -> int:
 def takes(model: nn.Module, name: str) -> bool:
     """Whether the model's forward has a parameter of this name."""
     return name in inspect.signature(model.forward).parameters
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a model's output holds; None where it holds none."""
+    return next((output[name] for name in CACHE_NAMES if name in output), None)
+
+
+def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """The arguments of a forward that goes on from a cache (None: from an empty one) and returns it."""
+    name = next((name for name in CACHE_NAMES if takes(model, name)), CACHE_NAMES[-1])
+    return {name: cache, "use_cache": True}
 
 
 def frugal(model: nn.Module) -> dict[str, Any]:
