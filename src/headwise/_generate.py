@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headwise._texts import readable
 from headwise.errors import InputError
-from headwise.hf.inputs import cache_of, context_length, takes, with_cache
+from headwise.hf.inputs import cache_of, context_length, input_device, takes, with_cache
 from headwise.hf.load import Loaded
 
 __all__ = ["Prompt", "first_difference", "generate", "losses", "read_prompt", "reference_ids", "text_of", "words"]
@@ -51,7 +51,7 @@ def read_prompt(loaded: Loaded, text: str, new: int) -> Prompt:
         raise InputError(f"prompt: it has {ids.shape[1]:,} tokens but {loaded.name} reads {limit:,}; shorten it")
     if not ids.shape[1]:
         raise InputError("prompt: the tokenizer makes no token of it; give another text")
-    return Prompt(ids.to(next(model.parameters()).device), new if room is None else min(new, room), templated)
+    return Prompt(ids.to(input_device(model)), new if room is None else min(new, room), templated)
 
 
 def generate(loaded: Loaded, prompt: Prompt) -> list[int]:

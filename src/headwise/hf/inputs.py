@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.errors import InputError
+from headwise.hf.addresses import unwrap
 from headwise.hf.steps import CACHE_NAMES
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "cache_of",
     "context_length",
     "frugal",
+    "input_device",
     "read_images",
     "takes",
     "vocabulary_size",
@@ -57,9 +59,21 @@ def vocabulary_size(model: nn.Module) -> int:
     return int(weight.shape[0]) if isinstance(weight, Tensor) else int(_text_config(model).vocab_size)
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model wants its inputs: the device of its first weights that are loaded.
+
+    Offloaded weights (``device_map``) lie on the meta device, on which nothing is computed.
+    """
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
 def takes(model: nn.Module, name: str) -> bool:
-    """Whether the model's forward has a parameter of this name."""
-    return name in inspect.signature(model.forward).parameters
+    """Whether the model's forward has a parameter of this name; wrappers such as PEFT's hand on what they are given."""
+    parameters = inspect.signature(model.forward).parameters
+    if name in parameters or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return name in parameters
+    inner = unwrap(model)
+    return inner is not model and takes(inner, name)
 
 
 def cache_of(output: Any) -> Any:
@@ -92,7 +106,7 @@ def as_inputs(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> dict[str,
         given = dict(inputs)
     else:
         raise TypeError(f"inputs: {type(inputs).__name__}; give a tensor of token ids, or what the tokenizer returned")
-    device = next(model.parameters()).device
+    device = input_device(model)
     given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False) and not {"decoder_input_ids", "labels"} & set(given):
