@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headwise._texts import readable
 from headwise.errors import InputError
-from headwise.hf.inputs import context_length, takes
+from headwise.hf.inputs import cache_of, context_length, input_device, takes, with_cache
 from headwise.hf.load import Loaded
 
 __all__ = ["Prompt", "first_difference", "generate", "losses", "read_prompt", "reference_ids", "text_of", "words"]
@@ -51,7 +51,7 @@ def read_prompt(loaded: Loaded, text: str, new: int) -> Prompt:
         raise InputError(f"prompt: it has {ids.shape[1]:,} tokens but {loaded.name} reads {limit:,}; shorten it")
     if not ids.shape[1]:
         raise InputError("prompt: the tokenizer makes no token of it; give another text")
-    return Prompt(ids.to(next(model.parameters()).device), new if room is None else min(new, room), templated)
+    return Prompt(ids.to(input_device(model)), new if room is None else min(new, room), templated)
 
 
 def generate(loaded: Loaded, prompt: Prompt) -> list[int]:
@@ -109,13 +109,13 @@ def losses(loaded: Loaded, prompt: Prompt, reference: Sequence[int]) -> tuple[fl
         out = model(input_ids=prompt.ids, use_cache=True)
         logs = out.logits[0].float().log_softmax(-1)
         own = -logs[:-1].gather(-1, prompt.ids[0, 1:, None]) if prompt.ids.shape[1] > 1 else None
-        cache, last, found = out.past_key_values, logs[-1], []
+        cache, last, found = cache_of(out), logs[-1], []
         for number, token in enumerate(reference):
             found.append(-float(last[token]))
             if number + 1 < len(reference):
                 step = torch.tensor([[token]], device=prompt.ids.device)
-                out = model(input_ids=step, past_key_values=cache, use_cache=True)
-                cache, last = out.past_key_values, out.logits[0, -1].float().log_softmax(-1)
+                out = model(input_ids=step, **with_cache(model, cache))
+                cache, last = cache_of(out), out.logits[0, -1].float().log_softmax(-1)
     return None if own is None else float(own.mean()), sum(found) / len(found) if found else None
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from headwise.attend.edit import Edit, GroupEdit, InputEdit, OutputEdit, RowEdit
 from headwise.attend.read import Probe, Reading
+from headwise.hf.inputs import cache_of, with_cache
 from headwise.hf.session import attach, probe, steer
 
 ABSTRACT = (Edit, GroupEdit, InputEdit, OutputEdit, RowEdit)
@@ -132,7 +133,7 @@ def test_decoding_with_a_cache_equals_the_full_forward(cls: type, model):
         given = model(ids[:, :8], use_cache=True)
         pieces = [given.logits]
         for t in range(8, 12):
-            given = model(ids[:, t : t + 1], past_key_values=given.past_key_values, use_cache=True)
+            given = model(ids[:, t : t + 1], **with_cache(model, cache_of(given)))
             pieces.append(given.logits)
     torch.testing.assert_close(torch.cat(pieces, 1), full, atol=ATOL, rtol=1e-4)
 

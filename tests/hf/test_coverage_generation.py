@@ -16,6 +16,7 @@ from headwise.attend.groups import positions, recent
 from headwise.attend.probes import PROBES
 from headwise.errors import UnsupportedModel
 from headwise.hf.addresses import attention_modules, layout
+from headwise.hf.inputs import cache_of, with_cache
 from headwise.hf.session import probe, steer
 
 DECODERS = [name for name, family in FAMILIES.items() if family.decoder]
@@ -145,11 +146,11 @@ def test_a_prompt_in_chunks_equals_one_written_out_forward(name, static):
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     places = {} if name == "opt" else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     edits, rule = edits_and_rule(model, [7, 11], mask)
-    options: dict[str, Any] = {"past_key_values": StaticCache(model.config, max_cache_len=16)} if static else {}
+    empty = StaticCache(model.config, max_cache_len=16) if static else None
     with torch.no_grad(), steer(model, *edits):
-        first = model(ids[:, :7], attention_mask=mask[:, :7], use_cache=True, **_part(places, 0, 7), **options)
-        cache = first.past_key_values
-        second = model(ids[:, 7:], attention_mask=mask, past_key_values=cache, **_part(places, 7, 11))
+        first = model(ids[:, :7], attention_mask=mask[:, :7], **_part(places, 0, 7), **with_cache(model, empty))
+        given = with_cache(model, cache_of(first))
+        second = model(ids[:, 7:], attention_mask=mask, **_part(places, 7, 11), **given)
     with torch.no_grad(), materialised(model, rule):
         expected = model(**inputs, **places).logits
     real = mask.bool()

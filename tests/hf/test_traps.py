@@ -16,6 +16,7 @@ from headwise.attend.edits import Ablate, BiasGroup, ScaleHeads
 from headwise.attend.groups import first_token, positions
 from headwise.attend.probes import PROBES
 from headwise.hf.addresses import attention_modules
+from headwise.hf.inputs import cache_of, with_cache
 from headwise.hf.maps import attention_maps
 from headwise.hf.session import probe, steer
 
@@ -44,8 +45,8 @@ def test_the_pass_through_is_exact_with_every_cache(name, length, padding):
         for start, stop in ((0, 3), (3, length - 1), (length - 1, length)):
             part = {} if mask is None else {"attention_mask": mask[:, :stop]}
             with torch.no_grad():
-                output = model(ids[:, start:stop], past_key_values=cache, use_cache=True, **part)
-            cache = output.past_key_values
+                output = model(ids[:, start:stop], **with_cache(model, cache), **part)
+            cache = cache_of(output)
             found.append(output.logits)
         return found
 

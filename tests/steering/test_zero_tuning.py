@@ -13,6 +13,7 @@ from torch import Tensor
 from headwise.attend.addresses import Head
 from headwise.attend.edits import BiasGroup, EditRows
 from headwise.attend.groups import first_token
+from headwise.hf.inputs import cache_of, with_cache
 from headwise.hf.maps import attention_maps
 from headwise.hf.session import steer
 from headwise.steering.zero_tuning import (
@@ -318,7 +319,7 @@ def test_a_prompt_in_chunks(model):
         out = model(input_ids=ids[:, :5], use_cache=True)
         pieces = [out.logits]
         for chunk in (ids[:, 5:6], ids[:, 6:12]):
-            out = model(input_ids=chunk, past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=chunk, **with_cache(model, cache_of(out)))
             pieces.append(out.logits)
     torch.testing.assert_close(torch.cat(pieces, 1), full, atol=1e-5, rtol=1e-5)
 
@@ -330,9 +331,9 @@ def test_generated_rows_only(model):
         plain = model(input_ids=ids).logits
         with steer(model, ZeroTuning(gamma=6.0, when="generated")):
             out = model(input_ids=ids, use_cache=True)
-            step = model(input_ids=ids[:, :1], past_key_values=out.past_key_values, use_cache=True).logits
-        cache = model(input_ids=ids, use_cache=True).past_key_values
-        unedited = model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).logits
+            step = model(input_ids=ids[:, :1], **with_cache(model, cache_of(out))).logits
+        cache = cache_of(model(input_ids=ids, use_cache=True))
+        unedited = model(input_ids=ids[:, :1], **with_cache(model, cache)).logits
     assert torch.equal(out.logits, plain)
     assert not torch.allclose(step, unedited, atol=1e-3)
 

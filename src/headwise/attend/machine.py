@@ -194,6 +194,9 @@ def _read(call: Call, parts: list[Part], probes: Sequence[Probe]) -> None:
 
 
 def _edit_output(edit: OutputEdit, heads: list[int], out: Tensor, call: Call) -> Tensor:
+    heads = [head for head in heads if head in call.heads]  # the call may hold a part of the layer
+    if not heads:
+        return out
     positions = [call.heads.index(head) for head in heads]
     everything = positions == list(range(out.shape[2]))
     named = out if everything else out[:, :, positions]

@@ -1,6 +1,6 @@
 """What one forward pass is about: the facts that key groups need and that an attention call never receives."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +55,16 @@ class Step:
             past=past,
             length=length,
         )
+
+    def to(self, device: torch.device | str) -> "Step":
+        """The same step on another device, made once per forward: layers of one model may lie on several."""
+        if self.ids.device == torch.device(device):
+            return self
+        return self.once(("on", str(device)), lambda: self._moved(device))
+
+    def _moved(self, device: torch.device | str) -> "Step":
+        tensors = {name: getattr(self, name).to(device) for name in ("ids", "real", "prompt")}
+        return replace(self, **tensors, images=None if self.images is None else self.images.to(device), cache={})
 
     def once(self, key: object, make):
         """Return `make()`, computed at the first call with this key in this forward."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from headwise.attend.read import Probe
 from headwise.errors import UnsupportedModel
 from headwise.hf.addresses import tower_kinds, unwrap
-from headwise.hf.inputs import context_length, takes, vocabulary_size
+from headwise.hf.inputs import cache_of, context_length, takes, vocabulary_size, with_cache
 from headwise.hf.session import probe
 from headwise.tasks.needles import Needle
 
@@ -127,7 +127,7 @@ def decode(
         with nullcontext() if reader is None else probe(model, reader):
             last = ids[:, -1:]
             for _ in range(limit):
-                out = model(**arguments(model, last, real), past_key_values=cache, use_cache=True)
+                out = model(**arguments(model, last, real), **with_cache(model, cache))
                 cache = _cache(model, out)
                 last = out.logits[:, -1:].argmax(-1)
                 tokens = last[:, 0].tolist()
@@ -152,7 +152,7 @@ def arguments(model: nn.Module, ids: Int[Tensor, "b t"], real: Bool[Tensor, "b s
 
 
 def _cache(model: nn.Module, out: Any) -> Any:
-    cache = getattr(out, "past_key_values", None)
+    cache = cache_of(out)
     if cache is None:
         raise UnsupportedModel(
             f"decode: {type(unwrap(model)).__name__} returns no cache, so it cannot answer token by token; score heads "

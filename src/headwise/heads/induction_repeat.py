@@ -10,7 +10,7 @@ from headwise.attend.probes import Induction
 from headwise.errors import UnsupportedModel
 from headwise.heads.prompt_probe import PromptProbe
 from headwise.hf.addresses import layout, tower_kinds
-from headwise.hf.inputs import context_length, frugal, vocabulary_size
+from headwise.hf.inputs import context_length, frugal, input_device, vocabulary_size
 from headwise.hf.session import probe
 from headwise.tasks.repeats import repeated_segments
 
@@ -57,7 +57,7 @@ class InductionRepeat(PromptProbe):
         )
         reading = Induction()
         with torch.no_grad(), probe(model, reading):
-            model(input_ids=repeats.input_ids.to(next(model.parameters()).device), **frugal(model))
+            model(input_ids=repeats.input_ids.to(input_device(model)), **frugal(model))
         table = layout(model)
         scores = reading.scores()
         return HeadMap(

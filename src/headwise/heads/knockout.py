@@ -15,6 +15,7 @@ from headwise.attend.addresses import Head
 from headwise.attend.head_map import HeadMap
 from headwise.attend.probes import Contribution
 from headwise.heads.decoding import Prompt, forced_answers
+from headwise.hf.inputs import input_device
 from headwise.hf.session import probe
 from headwise.tasks.needles import Needle
 
@@ -50,7 +51,7 @@ def live_heads(model: nn.Module, inputs: Int[Tensor, "b t"], least: float = 1e-6
     """
     reader = Contribution()
     with torch.no_grad(), probe(model, reader):
-        model(input_ids=inputs.to(next(model.parameters()).device))
+        model(input_ids=inputs.to(input_device(model)))
     return [
         Head(layer, head)
         for (tower, layer), shares in sorted(reader.scores().items())

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from headwise.hf._residual import Place
+from headwise.hf.shares import HeadShare
 
-__all__ = ["Spot", "fitting", "hook", "split"]
+__all__ = ["Spot", "fitting", "hook", "joined", "split"]
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,31 @@ class Spot:
     heads: int = 0
     stream: "Spot | None" = None
     """Where to see the shape that batch and tokens have, for a tensor in which they are one axis."""
+    width: int = 0
+    """Features of all heads together, where there are heads to split into."""
+    share: HeadShare | None = None
+    """How the heads may be shared among processes; what is read is then gathered, and of what is put the own part."""
 
 
 def split(value: Tensor, spot: Spot) -> Tensor:
-    return value.unflatten(-1, (spot.heads, -1)) if spot.heads else value
+    if not spot.heads:
+        return value
+    if _is_shared(value, spot):
+        assert spot.share is not None
+        value = spot.share.gather(value, -1)
+    return value.unflatten(-1, (spot.heads, -1))
+
+
+def joined(value: Tensor, old: Tensor, spot: Spot) -> Tensor:
+    """Undo `split`: the shape that the model had, and of heads that processes share the part of this one."""
+    if spot.heads and _is_shared(old, spot):
+        assert spot.share is not None
+        value = spot.share.own(value, -2)
+    return value.reshape(old.shape)
+
+
+def _is_shared(value: Tensor, spot: Spot) -> bool:
+    return spot.share is not None and spot.share.applies(value.shape[-1], spot.width, type(spot.module).__name__)
 
 
 def fitting(value: Any, before: Tensor, site: object) -> Tensor:

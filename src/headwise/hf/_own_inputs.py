@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from headwise.hf.inputs import input_device
+
 __all__ = ["own_inputs"]
 
 
@@ -37,7 +39,7 @@ def own_inputs(model: PreTrainedModel, tower: str, path: str) -> tuple[dict[str,
         )
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepts:
         given["decoder_input_ids"] = _some_tokens(config)
-    device = next(model.parameters()).device
+    device = input_device(model)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     moved = {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in given.items()}
     return moved, runner

@@ -120,7 +120,8 @@ def find_recipe(
     residuals = [_stream_in(call, name) for call in by_layer]
     made = [_stream_out(call, x, name) for call, (_, x) in zip(by_layer, residuals, strict=True)]
     for index in range(1, len(layers)):
-        if made[index - 1].shape != residuals[index][1].shape or not torch.equal(made[index - 1], residuals[index][1]):
+        before, after = made[index - 1], residuals[index][1]
+        if before.shape != after.shape or not torch.equal(before.to(after.device), after):
             raise UnsupportedModel(
                 f"{name}: between layers {index - 1} and {index} something else writes to the residual stream; "
                 "its writes do not add up and sites cannot be proved for this input"
@@ -223,7 +224,7 @@ def _levels(call: Call, attention: Mapping[nn.Module, str]) -> Iterator[list[Cal
 def _layer(
     call: Call, residual: Place, x: Tensor, out: Tensor, attention: Mapping[nn.Module, str], name: str
 ) -> LayerRecipe:
-    delta = (out.double() - x.double()).flatten()
+    delta = (out.double() - x.to(out.device).double()).flatten()
     bound = tolerance(x.dtype) * float(delta.norm()) + torch.finfo(x.dtype).eps * 8 * float(out.double().norm())
     for level in _levels(call, attention):
         chosen = _fit(level, x, delta, bound, tolerance(x.dtype))
@@ -250,7 +251,7 @@ def _fit(level: list[Call], x: Tensor, delta: Tensor, bound: float, slack: float
                 found.append((node, element, tensor))
     terminal = [item for item in found if not any(item[2] is tensor for tensor in consumed)]
     for candidates in (terminal, found):
-        columns = [tensor.double().flatten() for _, _, tensor in candidates]
+        columns = [tensor.to(delta.device).double().flatten() for _, _, tensor in candidates]
         for size in range(1, min(MOST_WRITES, len(candidates)) + 1):
             for subset in itertools.combinations(reversed(range(len(candidates))), size):
                 matrix = torch.stack([columns[index] for index in subset], 1)

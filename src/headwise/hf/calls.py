@@ -83,9 +83,10 @@ def read_call(
     if step is None or step.real.shape[0] != query.shape[0] or step.total < t:
         # A tower that takes no tokens; or a vision tower that calls attention once per image or window.
         step = Step.of(query.shape[0], t, query.device)
+    step = step.to(query.device)  # tokens may come in on another device than that of this layer
     key_step = step
     if kind == "cross" and encoder is not None and encoder.total == key.shape[2]:
-        key_step = encoder
+        key_step = encoder.to(key.device)
     elif kind == "cross":
         key_step = Step.of(key.shape[0], key.shape[2], key.device)
     return Call(

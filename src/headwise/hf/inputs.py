@@ -9,8 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from headwise.errors import InputError
+from headwise.hf.addresses import unwrap
+from headwise.hf.steps import CACHE_NAMES
 
-__all__ = ["as_inputs", "context_length", "frugal", "read_images", "takes", "vocabulary_size"]
+__all__ = [
+    "as_inputs",
+    "cache_of",
+    "context_length",
+    "frugal",
+    "input_device",
+    "read_images",
+    "takes",
+    "vocabulary_size",
+    "with_cache",
+]
 
 # The names under which configurations keep the longest sequence that their positions allow.
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
@@ -47,9 +59,32 @@ def vocabulary_size(model: nn.Module) -> int:
     return int(weight.shape[0]) if isinstance(weight, Tensor) else int(_text_config(model).vocab_size)
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model wants its inputs: the device of its first weights that are loaded.
+
+    Offloaded weights (``device_map``) lie on the meta device, on which nothing is computed.
+    """
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
 def takes(model: nn.Module, name: str) -> bool:
-    """Whether the model's forward has a parameter of this name."""
-    return name in inspect.signature(model.forward).parameters
+    """Whether the model's forward has a parameter of this name; wrappers such as PEFT's hand on what they are given."""
+    parameters = inspect.signature(model.forward).parameters
+    if name in parameters or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return name in parameters
+    inner = unwrap(model)
+    return inner is not model and takes(inner, name)
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a model's output holds; None where it holds none."""
+    return next((output[name] for name in CACHE_NAMES if name in output), None)
+
+
+def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """The arguments of a forward that goes on from a cache (None: from an empty one) and returns it."""
+    name = next((name for name in CACHE_NAMES if takes(model, name)), CACHE_NAMES[-1])
+    return {name: cache, "use_cache": True}
 
 
 def frugal(model: nn.Module) -> dict[str, Any]:
@@ -71,7 +106,7 @@ def as_inputs(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> dict[str,
         given = dict(inputs)
     else:
         raise TypeError(f"inputs: {type(inputs).__name__}; give a tensor of token ids, or what the tokenizer returned")
-    device = next(model.parameters()).device
+    device = input_device(model)
     given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False) and not {"decoder_input_ids", "labels"} & set(given):

@@ -68,7 +68,7 @@ def attention_maps(
         raise ValueError(
             f"attention_maps: maps of these heads have different shapes {sorted(shapes)}; ask for one tower at a time"
         )
-    return torch.stack(maps, 1)
+    return torch.stack([m.to(maps[0].device) for m in maps], 1)
 
 
 def maps_during(

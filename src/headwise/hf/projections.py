@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from headwise.errors import UnsupportedModel
+from headwise.hf.shares import is_sharded, whole
 
 __all__ = ["AttentionShape", "attention_shape", "head_writes", "output_projection", "projection_bias"]
 
@@ -62,6 +63,16 @@ def output_projection(module: nn.Module, model: nn.Module | None = None) -> nn.M
     projection = _projection_or_none(module)
     if projection is None and model is not None:
         projection = _projection_beside(module, model, wanted)
+    weight = getattr(projection, "weight", None)
+    if (
+        projection is not None
+        and any(is_sharded(parameter) for parameter in projection.parameters())
+        and not _is_plain(projection, weight)
+    ):
+        raise UnsupportedModel(
+            f"{type(module).__name__}: its output projection ({type(projection).__name__}) is adapted or quantised and "
+            "spread over processes; merge the adapter, or load the model in one process"
+        )
     if projection is None or _features(projection)[0] != wanted:
         came = "none was found" if projection is None else f"one of width {_features(projection)[0]} was found"
         raise UnsupportedModel(
@@ -75,25 +86,71 @@ def output_projection(module: nn.Module, model: nn.Module | None = None) -> nn.M
 def head_writes(projection: nn.Module, heads: int) -> Float[Tensor, "h e c"]:
     """The slice of an output projection that belongs to each head: head h writes ``z[..., h, :] @ head_writes[h]``.
 
-    The projection's bias belongs to no head (`projection_bias`).
+    The projection's bias belongs to no head (`projection_bias`). Of adapted and quantised projections this is what they
+    do now: adapters that are switched on are in it, and weights are as their quantisation left them. Weights that wait
+    elsewhere (``device_map`` with offloading) are fetched; those that are spread over processes are gathered, so every
+    rank must call this.
+    Raises UnsupportedModel for weights that cannot be had from here.
     """
     width = _features(projection)[0]
     weight = getattr(projection, "weight", None)
-    if type(projection) is nn.Linear:
-        matrix = projection.weight.T
-    elif type(projection).__name__ == "Conv1D" and isinstance(weight, Tensor):
-        matrix = weight  # stored inputs first
-    else:  # quantised, adapted, parallel: whatever it is, it is linear, so its action on a basis is its matrix
+    if isinstance(weight, nn.Parameter | Tensor) and _is_plain(projection, weight):
+        matrix = whole(weight)
+        matrix = matrix if type(projection).__name__ == "Conv1D" else matrix.T  # Conv1D stores inputs first
+    else:  # quantised, adapted, offloaded: whatever it is, it is linear, so its action on a basis is its matrix
         basis = torch.eye(width, dtype=_compute_dtype(projection), device=_device(projection))
-        # Its forward, not a call: hooks on it are for the model's runs.
-        matrix = projection.forward(basis) - projection.forward(torch.zeros_like(basis[:1]))
+        both = _act(projection, torch.cat([basis, torch.zeros_like(basis[:1])]))
+        matrix = both[:-1] - both[-1]
     return matrix.reshape(heads, width // heads, -1)
 
 
 def projection_bias(projection: nn.Module) -> Float[Tensor, " c"]:
     """What an output projection adds whatever the heads do; zeros when it has no bias."""
+    weight, bias = getattr(projection, "weight", None), getattr(projection, "bias", None)
+    if isinstance(weight, Tensor) and is_sharded(weight) and _is_plain(projection, weight):
+        made = torch.zeros(_features(projection)[1], dtype=weight.dtype, device=weight.device)
+        return made if bias is None else whole(bias)
     zeros = torch.zeros(1, _features(projection)[0], dtype=_compute_dtype(projection), device=_device(projection))
-    return projection.forward(zeros)[0]
+    return _act(projection, zeros)[0]
+
+
+def _is_plain(projection: nn.Module, weight: Any) -> bool:
+    """Whether the weight of a projection is its matrix as it stands, all of it or this rank's part."""
+    named = type(projection) is nn.Linear or type(projection).__name__ == "Conv1D"
+    dense = type(weight) in (nn.Parameter, Tensor) or is_sharded(weight)  # tensor subclasses hold quantised weights
+    return named and dense and weight.is_floating_point() and not weight.is_meta
+
+
+def _act(projection: nn.Module, x: Float[Tensor, "n w"]) -> Float[Tensor, "n c"]:
+    """What a projection makes of rows, without its dropout and without the hooks that are for the model's own runs."""
+    if not _is_at_hand(projection):
+        raise UnsupportedModel(
+            f"{type(projection).__name__}: its weights are on the meta device, offloaded by a module around it or "
+            "never loaded; read it while the model runs (headwise.probe), or load it without offloading this layer"
+        )
+    modes = {module: module.training for module in projection.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        # Its forward, not a call: hooks on it are for the model's runs. Accelerate's own are part of the forward.
+        return projection.forward(x)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _is_at_hand(module: nn.Module, fetched: bool = False) -> bool:
+    """Whether the parameters of a module are loaded, or will be by its own hooks once its forward runs.
+
+    A product with a parameter on the meta device would be numbers that mean nothing, not an error.
+    """
+    hook: Any = getattr(module, "_hf_hook", None)  # accelerate's
+    fetching = [part for part in getattr(hook, "hooks", [hook]) if getattr(part, "offload", False)]
+    own = [parameter for parameter in module.parameters(recurse=False) if parameter.is_meta]
+    if own and not (fetched or fetching):
+        return False
+    fetched = fetched or any(getattr(part, "place_submodules", False) for part in fetching)
+    return all(_is_at_hand(child, fetched) for child in module.children())
 
 
 def _first_int(owner: Any, names: tuple[str, ...]) -> int:
@@ -166,4 +223,5 @@ def _compute_dtype(projection: nn.Module) -> torch.dtype:
 
 
 def _device(projection: nn.Module) -> torch.device:
-    return next((p.device for p in projection.parameters()), torch.device("cpu"))
+    """Where a projection computes. Offloaded ones move what they are given, and may be given it anywhere."""
+    return next((p.device for p in projection.parameters() if not p.is_meta), torch.device("cpu"))

@@ -23,8 +23,10 @@ from headwise.attend.read import Probe, Reading
 from headwise.attend.step import Step
 from headwise.errors import UnsupportedModel
 from headwise.hf import dispatch
-from headwise.hf.addresses import attention_modules, head_writes, layout, output_projection, tower_kinds
+from headwise.hf.addresses import attention_modules, layout, tower_kinds, unwrap
 from headwise.hf.calls import Plain, read_call
+from headwise.hf.projections import attention_shape, head_writes, output_projection
+from headwise.hf.shares import HeadShare, gathered, head_share
 from headwise.hf.steps import StepTracker, find_stacks
 
 __all__ = ["Handle", "attach", "probe", "steer"]
@@ -62,10 +64,11 @@ def attach(model: nn.Module, *edits: Edit | Probe, scores: Scores | None = None)
     Raises UnsupportedModel for a model that cannot be steered, ValueError for heads that it does not have, RuntimeError
     when another thread has its own edits on this model.
     """
+    inner = unwrap(model)  # a model and what wraps it are one: they share their attention modules
     with dispatch.LOCK:
-        session = _sessions.get(model)
+        session = _sessions.get(inner)
         if session is None:
-            session = Session(model)
+            session = Session(inner)
         context = session.bind(edits, scores)
         session.open(context)
     return Handle(session, context)
@@ -99,13 +102,9 @@ class Session:
     """Everything attached to one model."""
 
     def __init__(self, model: nn.Module):
-        if getattr(model, "_tp_size", None) not in (None, 1):
-            raise UnsupportedModel(
-                f"{type(model).__name__}: tensor-parallel models are not supported yet; load it on one device, or "
-                "with device_map"
-            )
         self.model = model
         self.places = attention_modules(model)
+        self.shares = {module: share for module in self.places if (share := head_share(module)) is not None}
         self.layout = layout(model)
         self.kinds = tower_kinds(model)
         self.contexts: list[_Context] = []
@@ -155,6 +154,11 @@ class Session:
                 self._uninstall()
 
     def _install(self) -> None:
+        if any(id(module) in dispatch._handlers for module in self.places):
+            raise RuntimeError(
+                f"steer: {type(self.model).__name__} is part of a model, or holds one, to which something is attached; "
+                "attach everything to the same object"
+            )
         try:
             for config in {id(m.config): m.config for m in self.places}.values():
                 dispatch.switch(config)
@@ -260,16 +264,33 @@ class Session:
         kind = self.kinds.get(tower, "causal")
         call = read_call(module, query, key, value, attention_mask, scaling, kwargs, kind, step, self.step("encoder"))
         call.tower, call.layer = tower, layer
+        share = self._share(module, query.shape[1])
+        if share is not None:
+            call.heads = share.numbers(query.shape[1])
         plain = Plain(
             previous, module, (query, key, value, attention_mask), {"scaling": scaling, "dropout": dropout, **kwargs}
         )
         self._refuse_moved_rows(call, edits)
         self._thread.call = (module, call)
-        out = attend(call, edits, weights_probes, plain)
+        out = attend(call, edits, weights_probes if share is None else [], plain)
+        if share is not None and weights_probes:
+            self._read_all_heads(call, edits, weights_probes, share)
         weights = plain.weights
         if wants_weights and (edits or weights is None):
             weights = self._all_weights(call, edits)
         return out, weights
+
+    def _share(self, module: nn.Module, local: int) -> HeadShare | None:
+        """How a module's heads are shared among processes, of which this one holds `local`."""
+        share = self.shares.get(module)
+        total = attention_shape(module).heads if share is not None else local
+        return share if share is not None and share.applies(local, total, type(module).__name__) else None
+
+    def _read_all_heads(self, call: Call, edits: list[BoundEdit], probes: list[Probe], share: HeadShare) -> None:
+        """Every rank reads all heads of the layer, so that probes see what they would see in one process."""
+        differentiable = any(p.differentiable for p in probes)
+        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+            attend(gathered(call, share), edits, probes)
 
     def _refuse_moved_rows(self, call: Call, edits: list[BoundEdit]) -> None:
         """Beam search hands a row's cache to another row; groups of generated tokens would then be wrong."""
@@ -307,15 +328,20 @@ class Session:
             mixed = (mixed[0] if isinstance(mixed, tuple) else mixed).detach()
             rows = z.numel() // (call.q.shape[0] * call.q.shape[1] * call.v.shape[3])
             z = z.reshape(call.q.shape[0], rows, call.q.shape[1], call.v.shape[3])
-            if rows != call.q.shape[2]:  # the layer called attention once per image or window
+            length, share = call.q.shape[2], self._share(module, call.q.shape[1])
+            if share is not None:
+                z = share.gather(z, 2)
+                blank = call.q.new_empty(call.q.shape[0], z.shape[2], rows, call.q.shape[3])
+                call = replace(call, q=blank, heads=list(range(z.shape[2])), memo={})
+            if rows != length:  # the layer called attention once per image or window
                 blank = call.q.new_empty(call.q.shape[0], call.q.shape[1], rows, call.q.shape[3])
                 blank_step = Step.of(call.q.shape[0], rows, call.q.device)
                 call = replace(
                     call, q=blank, k=blank, v=blank, mask=None, step=blank_step, key_step=blank_step, memo={}
                 )
             reading = Reading(call)
-            reading.state["projection"] = head_writes(projection, call.q.shape[1])
             with torch.no_grad():
+                reading.state["projection"] = head_writes(projection, call.q.shape[1])
                 for p in probes:
                     p.output(z, mixed.reshape(z.shape[0], rows, -1), reading)
 

@@ -28,11 +28,12 @@ from transformers import PreTrainedModel
 
 from headwise.attend.addresses import nearest
 from headwise.errors import UnsupportedModel
-from headwise.hf._hooks import Spot, fitting, hook, split
+from headwise.hf._hooks import Spot, fitting, hook, joined, split
 from headwise.hf._own_inputs import own_inputs
 from headwise.hf._residual import LayerRecipe, Place, Recipe, evaluating, find_recipe, tolerance
 from headwise.hf.addresses import attention_modules, layer_paths, unwrap
 from headwise.hf.projections import attention_shape, output_projection
+from headwise.hf.shares import head_share
 
 __all__ = ["LayerSites", "Recording", "Site", "Sites", "find_sites", "record", "replace"]
 
@@ -201,7 +202,9 @@ class Sites:
         projection = output_projection(module, self.model)
         if site.kind.endswith("projection"):
             return Spot(projection, Place(""))
-        return Spot(projection, Place("", argument=0), heads=attention_shape(module).heads)
+        heads, _, width = attention_shape(module)
+        place = Place("", argument=0)
+        return Spot(projection, place, heads=heads, width=heads * width, share=head_share(module))
 
 
 class Recording:
@@ -232,7 +235,8 @@ class Recording:
 
     def stack(self, kind: str) -> Tensor:
         """The tensors of all recorded sites of a kind, one layer after the other: [l ...]."""
-        return torch.stack([tensor for site, tensor in self.items() if site.kind == kind])
+        found = [tensor for site, tensor in self.items() if site.kind == kind]
+        return torch.stack([tensor.to(found[0].device) for tensor in found])  # layers may lie on several devices
 
     def calls(self, site: str | Site) -> list[Tensor]:
         """The tensors of all forwards, in order (with ``every=True``; otherwise only the last)."""
@@ -340,7 +344,7 @@ def _put(site: Site, spot: Spot, value: Replacement, old: Tensor) -> Tensor:
     after = fitting(value(before) if callable(value) else value, before, site)
     if after is before:
         return old
-    return (after / spot.factor if spot.factor != 1 else after).reshape(old.shape)
+    return joined(after / spot.factor if spot.factor != 1 else after, old, spot)
 
 
 def _has_projection(module: nn.Module, model: PreTrainedModel) -> bool:
@@ -370,8 +374,8 @@ def _prove(model: PreTrainedModel, tower: str, inputs: Mapping[str, Any] | None)
 def _error(found: Sites, seen: Recording) -> float:
     total = seen["residual:0"].double()
     for site in found.writes():
-        total = total + seen[site].double().reshape(total.shape)
-    final = seen["final"]
+        total = total + seen[site].to(total.device).double().reshape(total.shape)
+    final = seen["final"].to(total.device)
     error = float((total - final.double()).norm() / final.double().norm().clamp(min=1e-30))
     bound = tolerance(final.dtype) * len(found.writes()) ** 0.5
     if not error <= bound:

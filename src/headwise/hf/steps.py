@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from headwise.attend.step import Step
 
-__all__ = ["StepTracker", "find_stacks"]
+__all__ = ["CACHE_NAMES", "StepTracker", "find_stacks"]
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""The argument that holds the cache, and the field of a model's output: renamed in transformers 5.24."""
 
 
 def find_stacks(model: nn.Module, places: dict[nn.Module, tuple[str, int]]) -> dict[str, nn.Module]:
@@ -64,7 +67,7 @@ class StepTracker:
             ids = outer.get("input_ids")
             if ids is None or ids.shape != (batch, length):
                 ids = torch.full((batch, length), -1, device=tokens.device)
-        cache = given.get("past_key_values")
+        cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
         past = int(cache.get_seq_length()) if cache is not None else 0
         real = _real(given.get("attention_mask"), outer.get("attention_mask"), batch, past + length)
         same_cache = cache is not None and self.cache() is cache
