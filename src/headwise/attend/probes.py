@@ -12,6 +12,7 @@ from torch import Tensor
 from headwise.attend.addresses import Head
 from headwise.attend.call import Call
 from headwise.attend.read import Probe, Reading, RowBlock
+from headwise.ops.masks import visible
 
 __all__ = [
     "PROBES",
@@ -72,20 +73,26 @@ class Duplicate(Probe):
     name = "duplicate"
     sentence = "How much the head attends to earlier copies of the current token."
     causal_only = True
+    ahead = 0
 
     def block(self, reading: Reading, block: RowBlock) -> None:
-        self.add(reading, *_matched(reading, block, ahead=0))
+        def mass() -> Tensor:
+            b, r, s, _ = _copies(reading, block)
+            return block.weights[b, :, r, s + self.ahead].sum(0, dtype=torch.float64)[:, None]
+
+        reading.keep(self.name, block, mass)
+        reading.keep("rows with copies", block, lambda: _copies(reading, block)[3])
+
+    def finish(self, reading: Reading) -> None:
+        self.add(reading, reading.kept(self.name).sum(-1), reading.kept("rows with copies").sum())
 
 
-class Induction(Probe):
+class Induction(Duplicate):
     """Over rows with an earlier equal token: mean mass on j <= t with x_(j-1) = x_t and j - 1 < t."""
 
     name = "induction"
     sentence = "How much the head attends to what followed earlier copies of the current token, ready to repeat it."
-    causal_only = True
-
-    def block(self, reading: Reading, block: RowBlock) -> None:
-        self.add(reading, *_matched(reading, block, ahead=1))
+    ahead = 1
 
 
 class EntropyNats(Probe):
@@ -95,20 +102,24 @@ class EntropyNats(Probe):
     sentence = "How widely the head spreads its attention, in nats."
 
     def block(self, reading: Reading, block: RowBlock) -> None:
-        entropy = _row_entropy(reading, block)
-        self.add(reading, (entropy * block.valid[:, None]).sum((0, 2)), block.valid.sum())
+        reading.keep("entropy", block, lambda: _entropy(reading, block))
+
+    def finish(self, reading: Reading) -> None:
+        rows = reading.valid[:, reading.index]
+        self.add(reading, (reading.kept("entropy") * rows[:, None]).sum((0, 2)), rows.sum())
 
 
-class Entropy(Probe):
+class Entropy(EntropyNats):
     """Mean H(A[t]) / log(number of visible keys): 0 is one key, 1 is all keys alike."""
 
     name = "entropy"
     sentence = "How widely the head spreads its attention: 0 is a single token, 1 is everything evenly."
 
-    def block(self, reading: Reading, block: RowBlock) -> None:
-        seen = _visible_counts(reading, block)
-        share = _row_entropy(reading, block) / seen.clamp_min(2).log()[:, None]
-        rows = block.valid & (seen > 1)
+    def finish(self, reading: Reading) -> None:
+        seen = _visible_counts(reading.call)[:, reading.index]
+        rows = reading.valid[:, reading.index] & (seen > 1)
+        entropy = reading.kept("entropy")
+        share = entropy / seen.clamp_min(2).to(entropy).log()[:, None]
         self.add(reading, (share * rows[:, None]).sum((0, 2)), rows.sum())
 
 
@@ -118,18 +129,24 @@ class Distance(Probe):
     name = "distance"
     sentence = "How far back the head looks on average, in tokens."
     causal_only = True
-    share = False
 
     def block(self, reading: Reading, block: RowBlock) -> None:
-        call = reading.call
-        columns = torch.arange(block.weights.shape[-1], device=block.weights.device) + call.key_offset
-        # sum_j A (t - j) = t sum_j A - sum_j A j: both sums in one product
-        both = block.weights @ torch.stack([torch.ones_like(columns), columns], -1).to(block.weights)
-        back = block.positions.to(both) * both[..., 0] - both[..., 1]
-        if self.share:
-            # t counts from the first real token, so that padding does not make a text longer
-            back = back / (block.positions - reading._first_row[:, None]).clamp_min(1)[:, None].to(back)
-        self.add(reading, (back * block.valid[:, None]).sum((0, 2)), block.valid.sum())
+        def distance() -> Tensor:
+            # Measured from the block's first row, so that short distances keep their digits late in a long text.
+            weights, ahead = block.weights, block.positions - block.positions[0]
+            column = torch.arange(weights.shape[-1], device=weights.device) + reading.call.key_offset
+            back = (block.positions[0] - column).to(weights.dtype)
+            return weights @ back + weights.sum(-1) * ahead
+
+        reading.keep("distance", block, distance)
+
+    def finish(self, reading: Reading) -> None:
+        rows = reading.valid[:, reading.index]
+        self.add(reading, (self.scaled(reading) * rows[:, None]).sum((0, 2)), rows.sum())
+
+    def scaled(self, reading: Reading) -> Tensor:
+        """`[b h n]` the distance of every row that was read."""
+        return reading.kept("distance")
 
 
 class DistanceShare(Distance):
@@ -137,7 +154,11 @@ class DistanceShare(Distance):
 
     name = "distance-share"
     sentence = "How far back the head looks, as a share of the text before the token."
-    share = True
+
+    def scaled(self, reading: Reading) -> Tensor:
+        # t counts from the first real token, so that padding does not make a text longer
+        before = (reading.positions - reading.first_row[:, None]).clamp_min(1)
+        return super().scaled(reading) / before[:, None, reading.index]
 
 
 class Sinks(Probe):
@@ -151,7 +172,7 @@ class Sinks(Probe):
 
     def finish(self, reading: Reading) -> None:
         sums, sinks = _found_sinks(reading)
-        self.add(reading, (sums * sinks[:, None]).sum((0, 2)), reading.state["column rows"].sum())
+        self.add(reading, (sums * sinks[:, None]).sum((0, 2)), reading.valid[:, reading.index].sum())
 
 
 class ValueWeightedSink(Probe):
@@ -178,7 +199,7 @@ class OutputNorm(Probe):
     sentence = "How large the head's output is before heads are mixed."
 
     def output(self, heads: Tensor, mixed: Tensor, reading: Reading) -> None:
-        norms = heads.float().norm(dim=-1).double() * reading.valid[..., None]
+        norms = heads.to(reading.call.work_dtype).norm(dim=-1).double() * reading.valid[..., None]
         self.add(reading, norms.sum((0, 1)), reading.rows.sum())
 
 
@@ -189,14 +210,14 @@ class Contribution(Probe):
     sentence = "How large the head's share is in what its layer writes."
 
     def output(self, heads: Tensor, mixed: Tensor, reading: Reading) -> None:
-        weight = reading.state["projection"].to(heads.dtype)  # h e c
+        dtype = reading.call.work_dtype
+        weight = reading.state["projection"].to(heads.dtype).to(dtype)  # h e c
         # |W z|^2 = z^T (W W^T) z: one small matrix a head instead of a vector of the model's width for each.
-        gram = torch.einsum("hec,hfc->hef", weight.float(), weight.float())
-        z = heads.float()
-        own = torch.einsum("bthe,hef,bthf->bth", z, gram, z).clamp_min(0).sqrt()
-        size = mixed.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-        share = (own / size[..., None]).double() * reading.valid[..., None]
-        self.add(reading, share.sum((0, 1)), reading.rows.sum())
+        z = heads.to(dtype).transpose(1, 2)  # b h t e
+        own = (z @ (weight @ weight.mT)).mul_(z).sum(-1).clamp_min(0).sqrt()
+        size = mixed.to(dtype).norm(dim=-1).clamp_min(torch.finfo(dtype).tiny)
+        share = own / size[:, None] * reading.valid[:, None]
+        self.add(reading, share.sum((0, 2)), reading.rows.sum())
 
 
 class HeadOutputs(Probe):
@@ -242,83 +263,75 @@ def _sink_mass(reading: Reading) -> Tensor:
     return reading.state["sink mass"]
 
 
-def _matched(reading: Reading, block: RowBlock, ahead: int) -> tuple[Tensor, Tensor]:
-    """Sum over rows with an earlier equal token of the mass `ahead` of its copies, and the number of such rows.
+def _copies(reading: Reading, block: RowBlock) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pairs of a row of a block and an earlier equal token: texts, rows, columns, and `[1]` the number of such rows.
 
-    Equal tokens are few, so the weights are gathered pair by pair; the pairs are found once per forward.
+    Equal tokens are few, so weights are gathered pair by pair; the pairs are found once per forward.
     """
-    step, key_step = reading.call.step, reading.call.key_step
-    where = block.index.start if isinstance(block.index, slice) else ("sampled", int(block.positions[0]))
-    key = ("pairs", ahead, where, tuple(block.weights.shape[2:]), reading.call.key_offset)
+    call = reading.call
+    key = ("copies", isinstance(block.index, slice), block.start, tuple(block.weights.shape[2:]), call.key_offset)
 
     def find():
         ids = reading.row_ids()[:, block.index]
-        columns = reading.column_ids()
-        s = block.weights.shape[-1]
-        position = torch.arange(columns.shape[1], device=ids.device) + reading.call.key_offset
-        equal = (columns[:, None, :] == ids[..., None]) & (ids >= 0)[..., None]
-        equal &= position < block.positions[:, None]
-        equal &= block.valid[..., None] & reading.call.real_columns[:, None]
-        rows = equal.any(-1)
-        return (*_shifted(equal, ahead)[..., :s].nonzero(as_tuple=True), rows.sum())
+        ids = ids.masked_fill(~block.valid | (ids < 0), -2)
+        columns = reading.column_ids().masked_fill(~call.real_columns, -3)[:, : block.weights.shape[-1]]
+        b, r, s = (columns[:, None] == ids[..., None]).nonzero(as_tuple=True)
+        earlier = s + call.key_offset < block.positions[r]
+        b, r, s = b[earlier], r[earlier], s[earlier]
+        return b, r, s, torch.tensor([torch.unique_consecutive(b * ids.shape[1] + r).numel()], device=ids.device)
 
-    b, r, s, rows = step.once(key, find) if step is key_step else find()
-    return block.weights[b, :, r, s].double().sum(0), rows
+    return call.step.once(key, find) if call.step is call.key_step else find()
 
 
-def _shifted(equal: Tensor, ahead: int) -> Tensor:
-    return torch.nn.functional.pad(equal, (ahead, 0))[..., : equal.shape[-1]] if ahead else equal
+def _entropy(reading: Reading, block: RowBlock) -> Tensor:
+    """`[b h r]` entropy of renormalised rows in nats."""
+    if block.logs is None:
+        entropy = torch.special.entr(block.weights).sum(-1)
+    else:
+        entropy = -torch.linalg.vecdot(block.weights, block.logs)
+    if reading.call.sinks is None and not reading.edited:
+        return entropy
+    total = block.weights.sum(-1)  # 0 where a row gives all to a learned sink
+    empty = total <= 0
+    total = total.masked_fill(empty, 1)
+    return (entropy / total + total.log()).masked_fill(empty, 0)
 
 
-def _row_entropy(reading: Reading, block: RowBlock) -> Tensor:
-    """`[b h r]` entropy of renormalised rows, computed once for all probes of a block."""
-    if reading.state.get("entropy of") is not block:
-        if block.logs is None:
-            entropy = torch.special.entr(block.weights).sum(-1)
-        else:
-            entropy = -torch.linalg.vecdot(block.weights, block.logs)
-        if reading.call.sinks is not None or reading.edited:
-            total = block.weights.sum(-1)  # 0 where a row gives all to a learned sink
-            empty = total <= 0
-            total = total.masked_fill(empty, 1)
-            entropy = (entropy / total + total.log()).masked_fill(empty, 0)
-        reading.state["entropy of"], reading.state["entropy"] = block, entropy
-    return reading.state["entropy"]
+def _visible_counts(call: Call) -> Tensor:
+    """`[b t]` how many keys each row may see (of its first head, where a bias hides keys by head)."""
+    t, s = call.q.shape[2], call.k.shape[2]
+    mask = None if call.mask is None else call.mask[:, :1]
 
+    def count(rows: slice) -> Tensor:
+        seen = visible(mask, call.causal, t, s, call.q.device, rows=rows)
+        seen = torch.ones(1, s, dtype=torch.bool, device=call.q.device) if seen is None else seen
+        seen = seen[:, 0] if seen.ndim == 4 else seen[None]
+        return seen.sum(-1).expand(-1, rows.stop - rows.start)
 
-def _visible_counts(reading: Reading, block: RowBlock) -> Tensor:
-    """`[b r]` how many keys each row may see."""
-    call: Call = reading.call
+    def counts() -> Tensor:
+        return torch.cat([count(slice(start, min(start + 512, t))) for start in range(0, t, 512)], -1)
 
-    def count():
-        s = block.weights.shape[-1]
-        zero = torch.zeros(call.q.shape[0], 1, len(block.positions), s, device=call.q.device)
-        return (call.masked(zero, block.index, s) > torch.finfo(torch.float32).min / 2).sum(-1)[:, 0]
-
-    windowed = call.mask is not None and call.mask.shape[1] > 1
-    key = ("visible", id(call.mask), call.causal, int(block.positions[0]), tuple(block.weights.shape[2:]))
-    return count() if windowed else call.step.once(key, count)
+    return call.step.once(("visible", id(call.mask), call.causal, t, s), counts)
 
 
 def _column_sums(reading: Reading, block: RowBlock) -> None:
-    """Collect `[b h s]` attention received by every column, and `[b total]` which rows were counted."""
+    """Collect `[b h s]` attention received by every column."""
     state, call = reading.state, reading.call
     if state.get("columns of") is block:
         return
-    sums = torch.einsum("bhrs,br->bhs", block.weights, block.valid.to(block.weights.dtype)).double()
-    sums = torch.nn.functional.pad(sums, (0, call.k.shape[2] - sums.shape[-1]))
-    rows = torch.zeros(call.q.shape[0], call.row_offset + call.q.shape[2], dtype=torch.float64, device=sums.device)
-    rows[:, block.positions] = block.valid.double()
-    state["columns"] = state.get("columns", 0) + sums
-    state["column rows"] = state.get("column rows", 0) + rows
     state["columns of"] = block
+    if "columns" not in state:
+        state["columns"] = torch.zeros(*call.q.shape[:2], call.k.shape[2], dtype=torch.float64, device=call.q.device)
+    sums = block.valid.to(block.weights.dtype)[:, None, None] @ block.weights
+    state["columns"][..., : sums.shape[-1]].add_(sums[:, :, 0])
 
 
 def _found_sinks(reading: Reading) -> tuple[Tensor, Tensor]:
     """Column sums `[b h s]` and which columns are sinks `[b s]`, computed once for all probes of a call."""
-    sums, rows = reading.state["columns"], reading.state["column rows"]
+    sums, call = reading.state["columns"], reading.call
     if "sinks" not in reading.state:
-        call = reading.call
+        rows = torch.zeros(call.q.shape[0], call.step.total, dtype=torch.float64, device=sums.device)
+        rows[:, reading.positions[reading.index]] = reading.valid[:, reading.index].double()
         seen_by = rows.sum(-1, keepdim=True)
         if call.kind == "causal":  # the mean is over the rows that can see a column: its own and later ones
             column = torch.arange(sums.shape[-1], device=sums.device) + call.key_offset

@@ -5,7 +5,8 @@ once for all probes that need them. To write a probe of your own, subclass `Prob
 `output`.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -17,7 +18,7 @@ from headwise.attend.call import Call
 
 __all__ = ["Probe", "Reading", "RowBlock"]
 
-BLOCK_BYTES = 2**20  # of weights: what stays in a core's cache between the probes of a block
+BLOCK_BYTES = 2**21  # of weights: what stays in a core's caches between the probes of a block
 SAMPLED_ABOVE = 2048
 SAMPLE = 512
 
@@ -93,14 +94,16 @@ class RowBlock:
     """Rows of final weights.
 
     weights: `[b h r s]` float32; rows that see nothing are 0. index: which rows of the call. positions: `[r]` absolute
-    positions. valid: `[b r]` rows that count (real tokens after the first). logs: log of the weights where edits leave
-    them known, very negative but finite at weights of 0. Columns may be cut after the last that any row sees.
+    positions. valid: `[b r]` rows that count (real tokens after the first). start: rows in the blocks before. logs: log
+    of the weights where edits leave them known, very negative but finite at weights of 0. Columns may be cut after the
+    last that any row sees.
     """
 
     weights: Tensor
     index: slice | Tensor
     positions: Tensor
     valid: Tensor
+    start: int = 0
     logs: Tensor | None = None
 
 
@@ -115,6 +118,7 @@ class Reading:
         self.call = call
         self._final = final
         self.state: dict = {}
+        self.index: slice | Tensor = slice(None)  # the rows that `block` of a probe gets
 
     @property
     def edited(self) -> bool:
@@ -124,11 +128,16 @@ class Reading:
     def valid(self) -> Tensor:
         """`[b t]` rows that count: real tokens other than the first of their sequence."""
         call = self.call
-        index = torch.arange(call.q.shape[2], device=call.q.device) + call.row_offset
-        return call.real_rows & (index > self._first_row[:, None])
+        return call.real_rows & (self.positions > self.first_row[:, None])
 
     @cached_property
-    def _first_row(self) -> Tensor:
+    def positions(self) -> Tensor:
+        """`[t]` absolute positions of the rows."""
+        return torch.arange(self.call.q.shape[2], device=self.call.q.device) + self.call.row_offset
+
+    @cached_property
+    def first_row(self) -> Tensor:
+        """`[b]` position of the first real row."""
         call = self.call
         if call.step.real.shape[0] != call.q.shape[0] or call.row_offset < 0:
             return torch.full((call.q.shape[0],), call.row_offset, device=call.q.device)
@@ -162,7 +171,7 @@ class Reading:
             rows = self._edited_rows(columns.clamp_min(0))
         else:
             scores = call.scores(slice(None), columns.clamp_min(0))
-            rows = (scores - _finite(call.lse)[..., None]).exp()
+            rows = (scores - call.finite_lse[..., None]).exp()
         keep = columns >= 0 if real is None else real & (columns >= 0)
         return (rows * keep[:, None, None]).sum(-1)
 
@@ -179,8 +188,8 @@ class Reading:
             b, h, _, d = call.q.shape
             queries = call.q.to(call.work_dtype).view(b, -1, call.groups, t, d)
             keys = call.keys[:, :, index]
-            scores = torch.einsum("bngtd,bntd->bngt", queries, keys).reshape(b, h, t) * call.scale
-            weights = (scores - _finite(call.lse)).exp()
+            scores = (queries * keys[:, :, None]).sum(-1).reshape(b, h, t) * call.scale
+            weights = (scores - call.finite_lse).exp()
             if call.mask is not None:
                 mask = call.mask.expand(-1, -1, t, -1)
                 pick = index[None, None, :, None].expand(mask.shape[0], mask.shape[1], -1, 1)
@@ -200,26 +209,47 @@ class Reading:
                 parts.append(block.weights.gather(3, index))
         return torch.cat(parts, 2)
 
-    def blocks(self, *, sampled: bool = False, trim: bool = True):
-        """Yield `RowBlock`s that cover all rows, or a sample; trim: leave out columns that no row of a block sees."""
+    def keep(self, name: str, block: RowBlock, make: Callable[[], Tensor]) -> None:
+        """Keep `make()` for a block, made once for all the probes of a call."""
+        parts = self.state.setdefault(name, {})
+        if block.start not in parts:
+            parts[block.start] = make()
+
+    def kept(self, name: str) -> Tensor:
+        """What was kept of all blocks, joined along the last axis: `[b h n]` for the n rows of `index`."""
+        return torch.cat(list(self.state[name].values()), -1)
+
+    def blocks(self, chosen: Tensor | None = None, *, trim: bool = True) -> Iterator[RowBlock]:
+        """Yield `RowBlock`s that cover all rows, or chosen ones (ascending, on the CPU).
+
+        trim: leave out columns that no row of a block sees.
+        """
         call = self.call
         b, h, t, _ = call.q.shape
         s = call.k.shape[2]
-        size = max(16, min(512, BLOCK_BYTES // max(1, 4 * b * h * s)))
-        chosen = sample_rows(t) if sampled and t > SAMPLED_ABOVE else None
-        for start in range(0, t if chosen is None else len(chosen), size):
-            stop = min(start + size, t if chosen is None else len(chosen))
+        n = t if chosen is None else len(chosen)
+        trim = trim and call.causal
+        area = BLOCK_BYTES / (4 * b * h)
+        stop = 0
+        while stop < n:
+            start = stop
+            if trim:  # r rows see (start + r) t / n columns
+                size = (math.sqrt(start**2 + 4 * area * n / t) - start) / 2
+            else:
+                size = area / s
+            stop = min(n, start + max(16, min(512, int(size))))
             index = slice(start, stop) if chosen is None else chosen[start:stop].to(call.q.device)
-            last = stop if chosen is None else int(chosen[stop - 1]) + 1
-            columns = min(s, last) if call.causal and trim else None
+            columns = s
+            if trim:
+                columns = min(s, stop if chosen is None else int(chosen[stop - 1]) + 1)
             logs = None
             if self._final is not None:
                 weights = self._final(index, columns)
             else:
-                logs = call.log_weights(index, s if columns is None else columns)
-                weights = logs.exp()
-            positions = torch.arange(t, device=call.q.device)[index] + call.row_offset
-            yield RowBlock(weights, index, positions, self.valid[:, index], logs)
+                logs = call.log_weights(index, columns)
+                # On CPUs exp2 costs a third of exp, and exp ten times its cost where it underflows.
+                weights = (logs * math.log2(math.e)).exp2_()
+            yield RowBlock(weights, index, self.positions[index], self.valid[:, index], start, logs)
 
     def feed(self, probes: Sequence[Probe]) -> None:
         """Give this call to probes: sparse ones first, then one pass over blocks for all the others."""
@@ -230,7 +260,10 @@ class Reading:
         streamed = [probe for probe in probes if probe.reads_rows]
         if not streamed:
             return
-        for block in self.blocks(sampled=all(probe.sampled for probe in streamed)):
+        t = self.call.q.shape[2]
+        chosen = sample_rows(t) if t > SAMPLED_ABOVE and all(probe.sampled for probe in streamed) else None
+        self.index = slice(None) if chosen is None else chosen.to(self.call.q.device)
+        for block in self.blocks(chosen):
             for probe in streamed:
                 probe.block(self, block)
         for probe in streamed:
@@ -242,10 +275,6 @@ def sample_rows(t: int, n: int = SAMPLE) -> Tensor:
     edges = torch.linspace(0, t, n + 1, dtype=torch.float64)
     jitter = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return (edges[:-1] + jitter * (edges[1:] - edges[:-1])).long().clamp_max(t - 1)
-
-
-def _finite(lse: Tensor) -> Tensor:
-    return lse.masked_fill(torch.isneginf(lse), 0)
 
 
 def _ids(step, offset: int, n: int, batch: int) -> Tensor:
