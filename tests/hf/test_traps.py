@@ -7,15 +7,16 @@ from typing import Any
 import pytest
 import torch
 from tests.hf.reference import biased, materialised
-from tests.zoo import FAMILIES, families
+from tests.zoo import FAMILIES, IMAGE, VIDEO, VISION_END, VISION_START, families
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from headwise.attend.addresses import Head
 from headwise.attend.edits import Ablate, BiasGroup, ScaleHeads
-from headwise.attend.groups import first_token, positions
+from headwise.attend.groups import first_token, image_tokens, positions, tokens
 from headwise.attend.probes import PROBES
-from headwise.hf.addresses import attention_modules
+from headwise.errors import UnsupportedModel
+from headwise.hf.addresses import attention_modules, heads_of
 from headwise.hf.inputs import cache_of, with_cache
 from headwise.hf.maps import attention_maps
 from headwise.hf.session import probe, steer
@@ -266,3 +267,105 @@ def test_autocast(name):
             assert torch.equal(logits(model, inputs), plain)
         with steer(model, BiasGroup(first_token(), 1.0), Ablate(["0.0"])):
             assert bool(logits(model, inputs).isfinite().all())
+
+
+# --- what the function never receives, and who else calls the model -------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_image_tokens_are_those_of_the_prompt(name):
+    """Known from ids that attention never sees, and kept while tokens are generated."""
+    family = FAMILIES[name]
+    model = family.build()
+    inputs = family.inputs(model, 2, 24, "left")
+    member = inputs["input_ids"] == IMAGE
+    text = {module for module, (tower, _) in attention_modules(model).items() if tower == ""}
+
+    def rule(module: Any, weights: Tensor) -> Tensor:
+        return biased(weights, member[:, None, None].expand_as(weights), 1.5) if module in text else weights
+
+    with materialised(model, rule):
+        expected = logits(model, inputs)
+    with steer(model, BiasGroup(image_tokens(), 1.5)):
+        found = logits(model, inputs)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
+    options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    options["suppress_tokens"] = [IMAGE, VISION_START, VISION_END, VIDEO]
+    made = []
+    for group in (image_tokens(), positions(member), None):
+        with steer(model, *([] if group is None else [BiasGroup(group, 1.5, when="generated")])):
+            made.append(torch.stack(model.generate(**inputs, **options).logits))
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[0][0], made[2][0]) and not torch.allclose(made[0][1], made[2][1], atol=1e-4)
+
+
+def test_image_tokens_of_a_model_without_any_are_refused():
+    model = FAMILIES["llama"].build()
+    with steer(model, BiasGroup(image_tokens(), 1.0)), pytest.raises(ValueError, match="this model has no image token"):
+        logits(model, FAMILIES["llama"].inputs(model))
+
+
+def test_a_new_prompt_resolves_its_groups_anew():
+    """One block, several prompts of other lengths and paddings, each with tokens generated after it."""
+    model = FAMILIES["llama"].build()
+    family = FAMILIES["llama"]
+    prompts = [family.inputs(model, 2, 9, "left"), family.inputs(model, 2, 5)]
+    wanted = [int(prompts[0]["input_ids"][1, 7]), int(prompts[1]["input_ids"][0, 2])]
+    edits = [BiasGroup(tokens(wanted), 2.0), BiasGroup(first_token(), 1.0)]
+
+    def run(inputs: dict[str, Tensor]) -> Tensor:
+        made = model.generate(
+            **inputs, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        return torch.stack(made.logits)
+
+    alone = []
+    for inputs in prompts:
+        with steer(model, *edits):
+            alone.append(run(inputs))
+    with steer(model, *edits):
+        together = [run(inputs) for inputs in prompts]
+        again = run(prompts[0])
+    assert all(map(torch.equal, together, alone)) and torch.equal(again, alone[0])
+    assert not torch.allclose(alone[0], run(prompts[0]), atol=1e-3)
+
+
+def test_a_cache_filled_under_an_edit_keeps_its_effect():
+    model = FAMILIES["llama"].build()
+    ids = FAMILIES["llama"].inputs(model)["input_ids"]
+    with torch.no_grad():
+        plain = model(ids[:, :-1], **with_cache(model, None))
+        with steer(model, Ablate(["0.*"])):
+            filled = model(ids[:, :-1], **with_cache(model, None))
+        after, untouched = (
+            model(ids[:, -1:], **with_cache(model, cache_of(first))).logits for first in (filled, plain)
+        )
+    assert not torch.allclose(after, untouched, atol=1e-3)
+    torch.testing.assert_close(untouched[:, 0], logits(model, {"input_ids": ids})[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_continuous_batching_is_refused():
+    """A batch without an axis for its sequences: by transformers where it starts inside, by headwise where it runs."""
+    model = FAMILIES["llama"].build()
+    inputs = FAMILIES["llama"].inputs(model)
+    config = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    with steer(model, Ablate(["0.0"])):
+        with pytest.raises(ValueError, match="headwise is not supported for continuous batching"):
+            model.generate_batch([[8, 9, 10]], generation_config=config)
+        with pytest.raises(UnsupportedModel, match="continuous batching is not supported"):
+            model(**inputs, read_index=[], write_index=[])
+    with torch.no_grad():
+        model(**inputs, read_index=[], write_index=[])  # nothing attached: not our business
+
+
+def test_timm_networks_are_refused_with_what_to_do():
+    """They are wrapped by a transformers class, but attend by themselves."""
+    model = FAMILIES["vit"].build()
+    attention = type("Attention", (torch.nn.Module,), {"__module__": "timm.layers.attention"})
+    for path in {record.path for record in heads_of(model)}:
+        model.set_submodule(path, attention())
+    with pytest.raises(UnsupportedModel, match=r"holds a timm network.*such as ViTModel or Dinov2Model"):
+        heads_of(model)
+    with pytest.raises(UnsupportedModel, match="holds a timm network"), steer(model, Ablate(["0.0"])):
+        pass

@@ -259,7 +259,8 @@ class Session:
                 f"attention dropout is {dropout} and the model is in training mode: weights would not be those that "
                 "the model used; call model.eval() or set attention_dropout to 0"
             )
-        if kwargs.get("cache") is not None:
+        # A paged cache reaches attention itself up to transformers 5.23; later only the places in it do.
+        if kwargs.get("cache") is not None or "read_index" in kwargs:
             raise UnsupportedModel("continuous batching is not supported; call generate or the model itself")
         kind = self.kinds.get(tower, "causal")
         call = read_call(module, query, key, value, attention_mask, scaling, kwargs, kind, step, self.step("encoder"))
