@@ -1,4 +1,4 @@
-"""Reading and editing the heads of a decoder of 52M parameters: ratios to its plain forward pass.
+"""Reading and editing the heads of a decoder of 52M parameters (1.1B on a GPU): ratios to its plain forward pass.
 
 Rivals read the same model object: transformers with output_attentions, TransformerLens, nnsight.
 """
@@ -18,6 +18,13 @@ from headwise.attend.probes import PROBES, make_probe
 from headwise.hf.session import probe, steer
 
 LENGTHS = (512, 2048, 8192)
+SMALL = {"hidden_size": 576, "intermediate_size": 1536, "layers": 12, "heads": 9, "key_heads": 3}
+LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "layers": 22, "heads": 32, "key_heads": 4}
+
+
+def sizes() -> dict[str, int]:
+    """A GPU would spend its time on a small model's launches alone."""
+    return LARGE if setting.device.startswith("cuda") else SMALL
 
 
 @cache
@@ -25,13 +32,14 @@ def model(implementation: str = "sdpa") -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
+    size = sizes()
     config = LlamaConfig(
         vocab_size=16384,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=12,
-        num_attention_heads=9,
-        num_key_value_heads=3,
+        hidden_size=size["hidden_size"],
+        intermediate_size=size["intermediate_size"],
+        num_hidden_layers=size["layers"],
+        num_attention_heads=size["heads"],
+        num_key_value_heads=size["key_heads"],
         max_position_embeddings=8192,
         tie_word_embeddings=True,
     )
@@ -110,9 +118,9 @@ def nnsight(n: int) -> Callable[[], Any]:
 
 
 def _rival(name: str, package: str | None, n: int, make: Callable[[int], Any]) -> Variant:
-    """Rivals keep every weight: 9 heads x 12 layers x n^2 floats, twice while a layer is at work."""
+    """Rivals keep every weight: heads x layers x n^2 floats, twice while a layer is at work."""
     skip = None
-    needed = 2 * 9 * 12 * n * n * 4
+    needed = 2 * sizes()["heads"] * sizes()["layers"] * n * n * 4
     if package and importlib.util.find_spec(package) is None:
         skip = f"{package} is not installed (extra: rivals)"
     elif needed > _free() / 2:

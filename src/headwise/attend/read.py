@@ -18,7 +18,8 @@ from headwise.attend.call import Call
 
 __all__ = ["Probe", "Reading", "RowBlock"]
 
-BLOCK_BYTES = 2**21  # of weights: what stays in a core's caches between the probes of a block
+# Of weights in a block: on a CPU what stays in a core's caches between the probes; a GPU wants fewer, larger steps.
+BLOCK_BYTES, BLOCK_BYTES_GPU = 2**21, 2**28
 SAMPLED_ABOVE = 2048
 SAMPLE = 512
 
@@ -229,7 +230,8 @@ class Reading:
         s = call.k.shape[2]
         n = t if chosen is None else len(chosen)
         trim = trim and call.causal
-        area = BLOCK_BYTES / (4 * b * h)
+        on_cpu = call.q.device.type == "cpu"
+        area, most = (BLOCK_BYTES if on_cpu else BLOCK_BYTES_GPU) / (4 * b * h), 512 if on_cpu else t
         stop = 0
         while stop < n:
             start = stop
@@ -237,7 +239,7 @@ class Reading:
                 size = (math.sqrt(start**2 + 4 * area * n / t) - start) / 2
             else:
                 size = area / s
-            stop = min(n, start + max(16, min(512, int(size))))
+            stop = min(n, start + max(16, min(most, int(size))))
             index = slice(start, stop) if chosen is None else chosen[start:stop].to(call.q.device)
             columns = s
             if trim:
