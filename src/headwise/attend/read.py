@@ -235,10 +235,8 @@ class Reading:
         stop = 0
         while stop < n:
             start = stop
-            if trim:  # r rows see (start + r) t / n columns
-                size = (math.sqrt(start**2 + 4 * area * n / t) - start) / 2
-            else:
-                size = area / s
+            # trimmed, r rows see (start + r) t / n columns
+            size = (math.sqrt(start**2 + 4 * area * n / t) - start) / 2 if trim else area / s
             stop = min(n, start + max(16, min(most, int(size))))
             index = slice(start, stop) if chosen is None else chosen[start:stop].to(call.q.device)
             columns = s
