@@ -151,11 +151,12 @@ class Call:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         return self.masked(scores, rows, columns)
 
-    def log_weights(self, rows: slice | Tensor, columns: int) -> Tensor:
+    def log_weights(self, rows: slice | Tensor, columns: int, out: Tensor | None = None) -> Tensor:
         """`[b h r columns]` log of the weights of rows over the first columns; very negative (finite) where masked.
 
-        rows: a slice, or ascending indices. The hot loop of every probe that reads whole rows: scale and log-sum-exp
-        ride on the matrix product, and a causal mask is written only right of the first row's diagonal.
+        rows: a slice, or ascending indices. out: where to write them; used only without softcap and gradients.
+        The hot loop of every probe that reads whole rows: scale and log-sum-exp ride on the matrix product, and a
+        causal mask is written only right of the first row's diagonal.
         """
         lse = self.finite_lse[:, :, rows]
         if self.softcap is not None or torch.is_grad_enabled():
@@ -167,6 +168,7 @@ class Call:
             self.q[:, :, rows].to(self.work_dtype).reshape(b * n, -1, d),
             self.keys[:, :, :columns].reshape(b * n, columns, d).mT,
             alpha=self.scale,
+            out=None if out is None else out.view(b * n, -1, columns),
         ).view(b, h, r, columns)
         if self.mask is not None:
             mask = self.mask[:, :, rows] if self.mask.shape[2] > 1 else self.mask

@@ -97,7 +97,7 @@ class RowBlock:
     weights: `[b h r s]` float32; rows that see nothing are 0. index: which rows of the call. positions: `[r]` absolute
     positions. valid: `[b r]` rows that count (real tokens after the first). start: rows in the blocks before. logs: log
     of the weights where edits leave them known, very negative but finite at weights of 0. Columns may be cut after the
-    last that any row sees.
+    last that any row sees. What a probe keeps of weights and logs it must copy: the next block takes their place.
     """
 
     weights: Tensor
@@ -188,7 +188,7 @@ class Reading:
         else:
             b, h, _, d = call.q.shape
             queries = call.q.to(call.work_dtype).view(b, -1, call.groups, t, d)
-            keys = call.keys[:, :, index]
+            keys = call.keys.index_select(2, index)
             scores = (queries * keys[:, :, None]).sum(-1).reshape(b, h, t) * call.scale
             weights = (scores - call.finite_lse).exp()
             if call.mask is not None:
@@ -220,10 +220,10 @@ class Reading:
         """What was kept of all blocks, joined along the last axis: `[b h n]` for the n rows of `index`."""
         return torch.cat(list(self.state[name].values()), -1)
 
-    def blocks(self, chosen: Tensor | None = None, *, trim: bool = True) -> Iterator[RowBlock]:
+    def blocks(self, chosen: Tensor | None = None, *, trim: bool = True, overwrite: bool = False) -> Iterator[RowBlock]:
         """Yield `RowBlock`s that cover all rows, or chosen ones (ascending, on the CPU).
 
-        trim: leave out columns that no row of a block sees.
+        trim: leave out columns that no row of a block sees. overwrite: each block may overwrite the one before.
         """
         call = self.call
         b, h, t, _ = call.q.shape
@@ -232,6 +232,7 @@ class Reading:
         trim = trim and call.causal
         on_cpu = call.q.device.type == "cpu"
         area, most = (BLOCK_BYTES if on_cpu else BLOCK_BYTES_GPU) / (4 * b * h), 512 if on_cpu else t
+        scratch = self._scratch(b * h * int(max(area, 16 * s) + most)) if overwrite else None
         stop = 0
         while stop < n:
             start = stop
@@ -246,10 +247,20 @@ class Reading:
             if self._final is not None:
                 weights = self._final(index, columns)
             else:
-                logs = call.log_weights(index, columns)
+                shape = (b, h, stop - start, columns)
+                out = [None, None] if scratch is None else [x[: math.prod(shape)].view(shape) for x in scratch]
+                logs = call.log_weights(index, columns, out[0])
                 # On CPUs exp2 costs a third of exp, and exp ten times its cost where it underflows.
-                weights = (logs * math.log2(math.e)).exp2_()
+                weights = torch.mul(logs, math.log2(math.e), out=out[1]).exp2_()
             yield RowBlock(weights, index, self.positions[index], self.valid[:, index], start, logs)
+
+    def _scratch(self, size: int) -> Tensor | None:
+        """Two blocks of memory, the same for all layers: new memory would be paid for page by page."""
+        call = self.call
+        if self.edited or torch.is_grad_enabled():
+            return None
+        key = ("scratch", size, call.work_dtype, call.q.device)
+        return call.step.once(key, lambda: torch.empty(2, size, dtype=call.work_dtype, device=call.q.device))
 
     def feed(self, probes: Sequence[Probe]) -> None:
         """Give this call to probes: sparse ones first, then one pass over blocks for all the others."""
@@ -263,7 +274,7 @@ class Reading:
         t = self.call.q.shape[2]
         chosen = sample_rows(t) if t > SAMPLED_ABOVE and all(probe.sampled for probe in streamed) else None
         self.index = slice(None) if chosen is None else chosen.to(self.call.q.device)
-        for block in self.blocks(chosen):
+        for block in self.blocks(chosen, overwrite=True):
             for probe in streamed:
                 probe.block(self, block)
         for probe in streamed:
