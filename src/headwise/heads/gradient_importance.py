@@ -116,7 +116,8 @@ def attention_gradient_correlation(
         a, b = a[shown], b[shown]
         same = len(a) < 2 or bool((a == a[0]).all() or (b == b[0]).all())
         pearson.append(math.nan if same else float(torch.corrcoef(torch.stack([a, b]))[0, 1]))
-        kendall.append(math.nan if same else float(kendalltau(a.numpy(), b.numpy()).statistic))
+        tau: Any = None if same else kendalltau(a.numpy(), b.numpy())
+        kendall.append(math.nan if same else float(tau.statistic))
     return AttentionGradientCorrelation(torch.tensor(pearson), torch.tensor(kendall))
 
 

@@ -84,7 +84,8 @@ class AttentionClassifier(PreTrainedModel):
         self.attention = AdditiveAttention(width, config.attention_size, query_dim=width if config.pair else None)
         self.context_proj = nn.Linear(width, width) if config.pair else None
         self.query_proj = nn.Linear(width, width, bias=False) if config.pair else None
-        self.classifier = nn.Linear(width, config.num_labels)
+        number: Any = config.num_labels
+        self.classifier = nn.Linear(width, number)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -121,11 +122,12 @@ class AttentionClassifier(PreTrainedModel):
     def _read(self, lstm: nn.LSTM, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """States `[b t c]`, mask and last states `[b c]` of both directions."""
         pad = self.config.pad_token_id
-        if mask is None:
-            mask = torch.ones_like(ids, dtype=torch.bool) if pad is None else ids != pad
-        mask = mask.bool()
-        lengths = mask.sum(1).cpu()
-        if (mask[:, 1:] & ~mask[:, :-1]).any():
+        if mask is not None:
+            real = mask.bool()
+        else:
+            real = torch.ones_like(ids, dtype=torch.bool) if pad is None else ids.ne(pad)
+        lengths = real.sum(1).cpu()
+        if (real[:, 1:] & ~real[:, :-1]).any():
             raise ValueError("AttentionClassifier: padding stands before a real token; pad on the right")
         words = self.embedding(ids)
         if not len(ids):

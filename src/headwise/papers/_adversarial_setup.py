@@ -60,23 +60,24 @@ class Task:
         return self.epochs * (len(self.train) // SIZE)
 
 
-def make_tasks(seed: int, *, train: int = 1024, test: int = 400, epochs: int = 8) -> dict[str, Task]:
-    """The tasks of a seed: two of classes, one of questions, one of inference. The pair tasks get twice the data."""
+def make_tasks(seed: int, *, train: int = 1024, test: int = 400, epochs: int = 6) -> dict[str, Task]:
+    """The tasks of a seed: two of classes, one of questions, one of inference, which gets three times the data."""
 
     def made(name: str, labels: int, vocabulary: int, times: int, draw: Callable[..., SentenceBatch], number: int):
         parts = [
             draw(size, torch.Generator().manual_seed(1000 * seed + 10 * number + part))
             for part, size in enumerate((times * train, test, test))
         ]
-        return Task(name, labels, vocabulary, *parts, epochs)
+        return Task(name, labels, vocabulary, parts[0], parts[1], parts[2], epochs)
 
-    classes = partial(cue_sentences, lengths=(6, 12))
-    facts: dict[str, int] = {"names": 4, "values": 3, "facts": 2, "length": 6, "vocab_size": 30}
+    classes = partial(cue_sentences, lengths=(5, 8))
+    many: dict[str, int] = {"names": 6, "values": 4, "facts": 3, "length": 7, "vocab_size": 30}
+    few: dict[str, int] = {"names": 3, "values": 2, "facts": 2, "length": 5, "vocab_size": 30}
     tasks = (
         made(SENTIMENT, 1, 300, 1, classes, 0),
         made("topics", 4, 300, 1, partial(classes, num_classes=4), 1),
-        made("questions", 3, 30, 2, partial(cue_questions, **facts), 2),
-        made("inference", 3, 30, 2, partial(cue_inference, **facts), 3),
+        made("questions", 4, 30, 1, partial(cue_questions, **many), 2),
+        made("inference", 3, 30, 3, partial(cue_inference, **few), 3),
     )
     return {task.name: task for task in tasks}
 
@@ -99,7 +100,8 @@ def build(task: Task, seed: int) -> AttentionClassifier:
 
 def train(task: Task, method: str, eps: float, run: Run) -> AttentionClassifier:
     """Train one model. All methods start from the same weights and see the same batches."""
-    model = build(task, run.seed).to(run.device)
+    model: Any = build(task, run.seed)
+    model.to(run.device)
     make = MAKERS.get(method)
     adversarial = None if make is None else make(model, eps=eps)
 

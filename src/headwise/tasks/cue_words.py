@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -58,8 +59,10 @@ class SentenceBatch:
 
     def part(self, index: slice | Tensor) -> "SentenceBatch":
         """Some of the sentences."""
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
-        return SentenceBatch(**{name: None if value is None else value[index] for name, value in values.items()})
+        values: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
+        for name, value in values.items():
+            values[name] = None if value is None else value[index]
+        return SentenceBatch(**values)
 
 
 def cue_sentences(
