@@ -133,14 +133,14 @@ class AttentionClassifier(PreTrainedModel):
         if not len(ids):
             return (
                 words.new_zeros(0, ids.shape[1], 2 * lstm.hidden_size),
-                mask,
+                real,
                 words.new_zeros(0, 2 * lstm.hidden_size),
             )
         # A sequence of nothing but padding is read as one padding word; attention gives it no weight.
         packed = nn.utils.rnn.pack_padded_sequence(words, lengths.clamp_min(1), batch_first=True, enforce_sorted=False)
         out, (last, _) = lstm(packed)
         states, _ = nn.utils.rnn.pad_packed_sequence(out, batch_first=True, total_length=ids.shape[1])
-        return states, mask, last.transpose(0, 1).flatten(1)
+        return states, real, last.transpose(0, 1).flatten(1)
 
     def forward(
         self,
