@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,20 +16,19 @@ from headwise.errors import UnsupportedModel
 from headwise.models.attention_classifier import AttentionClassifier, AttentionClassifierConfig
 from headwise.training import AttentionAT, WordAT
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_labels": 3, "pad_token_id": 0, "max_position_embeddings": 64,
 }  # fmt: skip
-QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+QUIET: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+SLIM: dict[str, Any] = {
+    "vocab_size": 64, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "num_labels": 3, "dropout": 0.0,
+    "attention_dropout": 0.0, "seq_classif_dropout": 0.0,
+}  # fmt: skip
 CLASSIFIERS = {
     "bert": lambda **kw: hf.BertForSequenceClassification(hf.BertConfig(**{**SMALL, **QUIET, **kw})),
     "roberta": lambda **kw: hf.RobertaForSequenceClassification(hf.RobertaConfig(**{**SMALL, **QUIET, **kw})),
-    "distilbert": lambda: hf.DistilBertForSequenceClassification(
-        hf.DistilBertConfig(
-            vocab_size=64, dim=32, hidden_dim=48, n_layers=2, n_heads=4, num_labels=3, dropout=0.0,
-            attention_dropout=0.0, seq_classif_dropout=0.0,
-        )
-    ),
+    "distilbert": lambda: hf.DistilBertForSequenceClassification(hf.DistilBertConfig(**SLIM)),
     "llama": lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**SMALL, num_key_value_heads=2)),
 }  # fmt: skip
 
@@ -422,7 +422,8 @@ class AdversarialTrainer(Trainer):
 
     def __init__(self, *args, eps: float, **kwargs):
         super().__init__(*args, **kwargs)
-        self.adversarial = AttentionAT(self.model, eps=eps)
+        trained: Any = self.model
+        self.adversarial = AttentionAT(trained, eps=eps)
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         kept = []
@@ -441,7 +442,7 @@ def test_under_the_trainer(tmp_path, accumulate):
     data = [{name: value[i] for name, value in batch_of(8).items()} for i in range(8)]
 
     def trained(cls, rate, **options):
-        model = classifier("bert", torch.float32)
+        model = classifier("bert")
         arguments = TrainingArguments(
             str(tmp_path), per_device_train_batch_size=4 // accumulate, gradient_accumulation_steps=accumulate,
             max_steps=2, learning_rate=rate, optim="sgd", max_grad_norm=0, weight_decay=0.0, report_to=[],
@@ -456,8 +457,8 @@ def test_under_the_trainer(tmp_path, accumulate):
     plain = trained(Trainer, 0.02)
     still = trained(AdversarialTrainer, 0.01, eps=0.0)
     moved = trained(AdversarialTrainer, 0.01, eps=1.0)
-    torch.testing.assert_close(still, plain, atol=1e-4, rtol=1e-3)
-    assert (moved - plain).abs().max() > 1e-3
+    torch.testing.assert_close(still, plain, atol=1e-12, rtol=1e-9)
+    assert (moved - plain).abs().max() > 1e-6
 
 
 # --- words ----------------------------------------------------------------------------------------------------------

@@ -1,9 +1,19 @@
 """Additive attention: facts of its definition. Shapes, dtypes, padding and compilation are the contract's."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from headwise.attention.additive import AdditiveAttention, weigh
+
+
+def plus_three(module: Any, args: Any, scores: Any) -> Any:
+    return scores + 3.0
+
+
+def twice(module: Any, args: Any, scores: Any) -> Any:
+    return scores * 2
 
 
 def naive(module: AdditiveAttention, x, query, length):
@@ -66,10 +76,10 @@ def test_weights_survive_large_scores():
 def test_a_constant_at_the_score_point_changes_nothing():
     module, x = AdditiveAttention(6), torch.randn(2, 5, 6)
     before = module.pool(x)[1]
-    handle = module.score_point.register_forward_hook(lambda module, args, scores: scores + 3.0)
+    handle = module.score_point.register_forward_hook(plus_three)
     torch.testing.assert_close(module.pool(x)[1], before)
     handle.remove()
-    module.score_point.register_forward_hook(lambda module, args, scores: scores * 2)
+    module.score_point.register_forward_hook(twice)
     assert not torch.allclose(module.pool(x)[1], before)
 
 

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -86,9 +87,11 @@ def test_correlations_against_hand_made_rows():
 
 @pytest.mark.parametrize("rows", ["first", "last", "mean"])
 def test_heads_of_a_classifier(rows):
-    config = hf.BertConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_labels=3
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_labels": 3,
+    }  # fmt: skip
+    config = hf.BertConfig(**sizes)
     model = hf.BertForSequenceClassification(config).eval()
     ids = torch.randint(5, 64, (3, 9))
     mask = torch.ones_like(ids)
