@@ -6,7 +6,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from headwise.heads.gradient_importance import (
+from headwise.heads.gradient_correlation import (
     attention_gradient_correlation,
     gradient_importance,
     head_gradient_correlation,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.heads.gradient_importance import attention_gradient_correlation, gradient_importance
+from headwise.heads.gradient_correlation import attention_gradient_correlation, gradient_importance
 from headwise.models.attention_classifier import AttentionClassifier, AttentionClassifierConfig
 from headwise.papers.running import Run
 from headwise.tasks.cue_words import SentenceBatch, cue_inference, cue_questions, cue_sentences

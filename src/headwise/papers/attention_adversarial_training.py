@@ -25,7 +25,7 @@ PAPER = Paper(
         "headwise.adversarial",
         "headwise.attention.additive",
         "headwise.models.attention_classifier",
-        "headwise.heads.gradient_importance",
+        "headwise.heads.gradient_correlation",
         "headwise.tasks.cue_words",
         "headwise.papers._adversarial_setup",
         "headwise.papers._adversarial_rows",
