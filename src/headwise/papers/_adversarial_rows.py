@@ -30,7 +30,7 @@ from headwise.papers._adversarial_setup import (
 from headwise.papers.running import Run
 from headwise.papers.statistics import mean, paired_bootstrap_interval
 from headwise.papers.verdicts import Measured
-from headwise.report.plots import bars, figure, lines
+from headwise.report.plots import COLOURS, MARKERS, bars, figure
 from headwise.tasks.cue_words import SentenceBatch
 from headwise.training import AttentionAT
 
@@ -397,14 +397,19 @@ def draw(run: Run, found: Trained) -> None:
     with figure(path, 3, width=5.2) as (left, middle, right):
         scores = {m: [found.outcomes[task, m].accuracy for task in names] for m in METHODS}
         bars(left, names, scores, y="test accuracy", title="Accuracy")
-        left.set_ylim(0, 1.0)
-        left.legend(loc="lower left", fontsize=7, frameon=True)
+        left.set_ylim(0, 1.35)
+        left.legend(loc="upper center", ncols=3, fontsize=8)
         agree = {m: [mean(found.outcomes[task, m].correlation) for task in names] for m in METHODS}
         bars(middle, names, agree, y="Pearson's r, mean over sentences", title="Attention and gradient importance")
         middle.legend().remove()
         plain = [found.outcomes[SENTIMENT, VANILLA].accuracy] * len(EPSILONS)
-        series = {**{m: found.sweep[m] for m in SWEPT}, VANILLA: plain}
-        lines(right, list(EPSILONS), series, x="eps", y="test accuracy, sentiment", title="Size of the perturbation")
+        # A method has one colour in all panels, so the lines are drawn by their place among the methods.
+        for method in METHODS:
+            if method == VANILLA or method in found.sweep:
+                place = METHODS.index(method)
+                values = plain if method == VANILLA else found.sweep[method]
+                right.plot(EPSILONS, values, color=COLOURS[place], marker=MARKERS[place])
+        right.set(xlabel="eps", ylabel="test accuracy, sentiment", title="Size of the perturbation")
         right.set_xscale("log")
         right.set_xticks(list(EPSILONS), [f"{eps:g}" for eps in EPSILONS])
     run.figures.append(path)
