@@ -62,7 +62,8 @@ PAPER = Paper(
             control="training with random perturbations of the same length",
             known=(
                 "on these sentences of 5 to 8 words the attack takes only 5 to 7 points from plain training, so that "
-                "there are seldom 4 to win: Attention AT is ahead of plain training by 0.3 to 4.2 points, of noise by 0 to 2.8"
+                "there are seldom 4 to win: Attention AT is ahead of plain training by 0.3 to 4.2 points, of "
+                "noise by 0 to 2.8"
             ),
         ),
         Claim(
@@ -111,8 +112,9 @@ PAPER = Paper(
             ),
             control="random perturbations; minus AT, which is what the released code of iAT trains with (sentiment)",
             known=(
-                "on the tasks of classes the correlation falls in all three seeds, and over all tasks the weight on the "
-                "words that decide falls too; minus AT, what the released code of iAT trains with, raises it in two of three"
+                "on the tasks of classes the correlation falls in all three seeds, and over all tasks the weight on "
+                "the words that decide falls too; minus AT, what the released code of iAT trains with, raises the "
+                "correlation in two of three"
             ),
         ),
         Claim(
@@ -162,7 +164,8 @@ PAPER = Paper(
             ),
             control="the same with Word AT and Word iAT",
             known=(
-                "the correlation falls on both tasks of classes in all three seeds, and goes both ways on the pair tasks"
+                "the correlation falls on both tasks of classes in all three seeds, and goes both ways on the "
+                "pair tasks"
             ),
         ),
         Claim(
