@@ -1,7 +1,7 @@
 """The one small training loop that specimens and reproductions share: a budget in steps, so that a run repeats exactly.
 
 `fit` trains one model; `fit_seeds` trains several seeds of a pure-torch module at once by vmap. What users train
-themselves goes through transformers' Trainer.
+themselves goes through transformers' Trainer. Losses that help any of these are here by name: `AttentionAT`, `WordAT`.
 """
 
 import contextlib
@@ -14,7 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["History", "OptimiserSpec", "constant", "fit", "fit_seeds", "trapezoid", "warmup_cosine"]
+from headwise.adversarial import AttentionAT, WordAT
+
+__all__ = [
+    "AttentionAT",
+    "History",
+    "OptimiserSpec",
+    "WordAT",
+    "constant",
+    "fit",
+    "fit_seeds",
+    "trapezoid",
+    "warmup_cosine",
+]
 
 Schedule = Callable[[int, int], float]  # (step, steps) -> factor on the learning rate
 Batches = Callable[[int, torch.Generator], Any] | Iterable[Any]  # (step, generator) -> batch, or the batches themselves
