@@ -263,8 +263,8 @@ def _through(
         if (write - frozen(before)).norm() <= bound * size:
             return frozen.back(directions)
     raise UnsupportedModel(
-        f"{type(unwrap(model)).__name__}: what layer {layer} adds to the stream is not what its projection gives, nor a "
-        "norm of it; heads' shares of the logits cannot be told"
+        f"{type(unwrap(model)).__name__}: what layer {layer} adds to the stream is not what its projection gives, nor "
+        "a norm of it; heads' shares of the logits cannot be told"
     )
 
 
