@@ -210,7 +210,7 @@ def attribution_patch(
         assert fed is not None
         fed[:, layer] = product(corrupt_values.mlps[layer], clean_values.mlps[layer], slopes[f"mlp:{layer}"])
     with torch.no_grad():
-        before, after = (metric(values.logits).float().cpu() for values in (clean_values, corrupt_values))
+        before, after = (_measured(metric, said) for said in (clean_values.logits, corrupt_values.logits))
     about = {"how": "attribution patching", "position": _told(position)}
     return NodeEffects(table, fed, before, after, runs.layout, _name(model), about)
 
