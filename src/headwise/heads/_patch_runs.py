@@ -3,7 +3,7 @@
 Three ways to run give the same numbers; each is taken where it is exact:
     full     the whole sequence;
     cached   the last token on the prompt's own cache: where only the last position is patched and read;
-    frozen   the last token alone, without a cache: where every head is frozen there too, so that attention is not asked.
+    frozen   the last token alone, without a cache: where every head is frozen too, so that attention is not asked.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,9 +60,8 @@ class Prompts:
         size = vocabulary_size(model)
         for name, ids in (("clean", one), ("corrupt", other)):
             if int(ids.min()) < 0 or int(ids.max()) >= size:
-                raise ValueError(
-                    f"{where}: {name} has ids from {int(ids.min())} to {int(ids.max())}; the model knows 0 to {size - 1}"
-                )
+                span = f"{int(ids.min())} to {int(ids.max())}"
+                raise ValueError(f"{where}: {name} has ids from {span}; the model knows 0 to {size - 1}")
         return cls(one.to(device), other.to(device), real.to(device))
 
 
@@ -186,8 +185,8 @@ class Runs:
         known = {(site.kind, site.layer) for site in self.sites.all()}
         if missing := [layer for layer in self.attending if ("heads", layer) not in known]:
             raise UnsupportedModel(
-                f"{where}: {type(unwrap(model)).__name__}: the projection that mixes the heads of layer {missing[0]} was "
-                "not found, so their outputs cannot be replaced"
+                f"{where}: {type(unwrap(model)).__name__}: the projection that mixes the heads of layer {missing[0]} "
+                "was not found, so their outputs cannot be replaced"
             )
         self.way: Way = self._way(any(site.kind in ("mixer", "cross") for site in writes))
         self.clean = self.corrupt = Values()
@@ -252,7 +251,7 @@ class Runs:
             return "full"
         if "heads" in self.freeze and not self.receivers:
             return "frozen"
-        return "cached" if takes(unwrap(self.model), "past_key_values") else "full"
+        return "cached" if cache_name(self.model) else "full"
 
     def _agrees(self) -> bool:
         """The shorter way gives the clean prompt's own logits: true unless a family keeps state of its own."""
@@ -314,7 +313,8 @@ class Runs:
         if self.way == "frozen":
             return self.model(input_ids=ids[:, -1:], use_cache=False).logits[:, -1]
         given = arguments(self.model, ids[:, -1:], real)
-        return self.model(**given, past_key_values=self._prompt_cache(n), use_cache=True).logits[:, -1]
+        given[cache_name(self.model)] = self._prompt_cache(n)
+        return self.model(**given, use_cache=True).logits[:, -1]
 
     def _frugal(self) -> dict[str, Any]:
         given: dict[str, Any] = {"use_cache": False} if takes(unwrap(self.model), "use_cache") else {}
@@ -334,7 +334,7 @@ class Runs:
             given = arguments(self.model, self.prompts.clean[:, :-1], real)
             if takes(unwrap(self.model), "logits_to_keep"):
                 given["logits_to_keep"] = 1
-            self._cache = self.model(**given, use_cache=True).past_key_values
+            self._cache = getattr(self.model(**given, use_cache=True), cache_name(self.model))
             self._phase, self._watch = phase, watch
         cache = deepcopy(self._cache)
         # Variants are the outer axis: v0 of all prompts, then v1 of all prompts.
@@ -432,6 +432,11 @@ class Runs:
             parts.setdefault(receiver.part, set()).update(other.head for other in group)
             named.update(dict.fromkeys(group))
         return _Receivers(heads=list(named), wanted=wanted) if named else None
+
+
+def cache_name(model: nn.Module) -> str:
+    """What the model's forward calls its cache, which changed in transformers 5.24; empty where it takes none."""
+    return next((name for name in ("cache", "past_key_values") if takes(unwrap(model), name)), "")
 
 
 def same_group(one: Head, other: Head) -> bool:

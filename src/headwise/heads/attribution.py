@@ -154,8 +154,9 @@ class Tail:
     def directions(self, ids: Int[Tensor, "b n"]) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n"]]:
         """What a unit of each channel of the stream adds to the logits of tokens, and what they are without any."""
         assert self.unembedding is not None
-        weight, bias = self.unembedding.weight, getattr(self.unembedding, "bias", None)
-        rows = weight[ids].to(_wide(weight.dtype)) * self.factor  # pyright: ignore[reportIndexIssue]
+        weight: Tensor = getattr(self.unembedding, "weight")  # noqa: B009, proved to be a matrix in `of`
+        bias = getattr(self.unembedding, "bias", None)
+        rows = weight[ids].to(_wide(weight.dtype)) * self.factor
         constant = self.frozen.bias.to(rows.dtype) @ rows.mT
         if isinstance(bias, Tensor):
             constant = constant + bias[ids].to(rows.dtype) * self.factor
@@ -263,8 +264,8 @@ def _through(
         if (write - frozen(before)).norm() <= bound * size:
             return frozen.back(directions)
     raise UnsupportedModel(
-        f"{type(unwrap(model)).__name__}: what layer {layer} adds to the stream is not what its projection gives, nor a "
-        "norm of it; heads' shares of the logits cannot be told"
+        f"{type(unwrap(model)).__name__}: what layer {layer} adds to the stream is not what its projection gives, nor "
+        "a norm of it; heads' shares of the logits cannot be told"
     )
 
 

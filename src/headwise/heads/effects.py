@@ -44,8 +44,8 @@ def logit_difference(right: Int[Tensor, " b"], wrong: Int[Tensor, " b"]) -> Metr
     if bool((right == wrong).any()):
         row = int((right == wrong).int().argmax())
         raise ValueError(
-            f"logit_difference: prompt {row} has token {int(right[row])} as right and as wrong answer; their difference "
-            "is 0 whatever the model does, give two answers"
+            f"logit_difference: prompt {row} has token {int(right[row])} as right and as wrong answer; their "
+            "difference is 0 whatever the model does, give two answers"
         )
     return lambda logits: _pick("logit_difference", logits, right) - _pick("logit_difference", logits, wrong)
 
@@ -222,8 +222,8 @@ class NodeEffects:
             what = f"means {clean:.4g} (clean) and {corrupt:.4g} (corrupt)"
             raise ValueError(
                 f"NodeEffects: the metric has {what}, so effects cannot be divided by "
-                f"{'their difference' if normalise == 'corrupt' else 'the clean one'}; use normalise='none', or prompts "
-                "that differ"
+                f"{'their difference' if normalise == 'corrupt' else 'the clean one'}; use normalise='none', or "
+                "prompts that differ"
             )
         return unit
 

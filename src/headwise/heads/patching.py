@@ -1,7 +1,7 @@
 """Which heads carry a behaviour: put what a node put out on a counterfactual prompt in its place, and look.
 
 Activation patching asks what changes when everything behind the node responds; path patching what changes along one
-direct path, from a sender to the logits or to the queries, keys or values of chosen heads, with every other head frozen.
+direct path, from a sender to the logits or to the queries, keys or values of chosen heads, all other heads frozen.
 
     effect_s = metric(clean prompt, s as on the corrupt prompt) - metric(clean prompt)
 
@@ -62,9 +62,10 @@ def activation_patch(
 ) -> NodeEffects:
     """Total effect of each node: its output is that of the corrupt run, and everything behind it responds.
 
-    clean, corrupt: token ids `[b, t]` of one shape, or a tokenizer's output padded on the left. metric: of the logits at
-    `position_of_metric` (`logit_difference`, ... or your own `[... b v] -> [... b]`). nodes: heads ("9.6") and MLPs
-    ("mlp:3"); None means all heads. position: where outputs are replaced: a column, one for each prompt, or None for all.
+    clean, corrupt: token ids `[b, t]` of one shape, or a tokenizer's output padded on the left. metric: of the logits
+    at `position_of_metric` (`logit_difference`, ... or your own `[... b v] -> [... b]`). nodes: heads ("9.6") and MLPs
+    ("mlp:3"); None means all heads. position: where outputs are replaced: a column, one for each prompt, or None for
+    all of them.
     implementation: "reference" runs the whole sequence once a node; "auto" gives the same numbers, faster.
     batch_tokens: tokens of one forward. progress: called with senders done, senders in all, and what is being done.
 
@@ -108,9 +109,9 @@ def path_patch(
     taken where attention takes them, after rotary embedding and cache.
     senders: None means all heads that come before the last receiver. position: where the sender is patched. Heads are
     frozen everywhere, so a sender patched before the last column has no direct path to the last column's logits.
-    freeze: ("heads",), ("heads", "mlps"), or ("heads", "mlps", "norm"): the last is for receivers="logits" and keeps the
-    final norm's scale, which makes effects linear: they are differences of `logit_attribution`.
-    Other arguments and errors as in `activation_patch`; ValueError as well for a sender that lies behind all receivers.
+    freeze: ("heads",), ("heads", "mlps"), or ("heads", "mlps", "norm"): the last is for receivers="logits" and keeps
+    the final norm's scale, which makes effects linear: they are differences of `logit_attribution`.
+    Other arguments and errors as in `activation_patch`; ValueError as well for a sender behind all receivers.
 
     >>> effects = path_patch(model, ids, twins, logit_difference(right, wrong))  # doctest: +SKIP
     >>> effects.map().top(k=3)  # doctest: +SKIP
@@ -209,7 +210,7 @@ def attribution_patch(
         assert fed is not None
         fed[:, layer] = product(corrupt_values.mlps[layer], clean_values.mlps[layer], slopes[f"mlp:{layer}"])
     with torch.no_grad():
-        before, after = (metric(values.logits).float().cpu() for values in (clean_values, corrupt_values))
+        before, after = (_measured(metric, said) for said in (clean_values.logits, corrupt_values.logits))
     about = {"how": "attribution patching", "position": _told(position)}
     return NodeEffects(table, fed, before, after, runs.layout, _name(model), about)
 
