@@ -28,7 +28,7 @@ from headwise.hf.inputs import takes, vocabulary_size
 from headwise.hf.session import steer
 from headwise.hf.sites import Sites, find_sites, replace
 
-Inputs = Int[Tensor, "b t"] | Mapping[str, Any]
+Inputs = Int[Tensor, "_ _"] | Mapping[str, Any]  # axes without names: that two inputs correspond is checked here
 Way = Literal["full", "cached", "frozen"]
 Group = tuple[Sequence[Head], Sequence[int]]  # heads, and layers of MLPs, that are patched together
 LOGITS = 2**26  # numbers of one forward's logits

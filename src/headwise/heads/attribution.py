@@ -41,6 +41,7 @@ class LogitAttribution:
     logits: Float[Tensor, "b n"]
 
 
+@torch.no_grad()
 def logit_attribution(
     model: nn.Module, inputs: Inputs, tokens: Int[Tensor, "b n"] | Int[Tensor, " n"], *, position: int = -1
 ) -> LogitAttribution:
@@ -86,6 +87,7 @@ def logit_attribution(
     return LogitAttribution(heads, mlps, rest, logits)
 
 
+@torch.no_grad()
 def logit_lens(
     model: nn.Module, inputs: Inputs, tokens: Int[Tensor, "b n"] | Int[Tensor, " n"], *, position: int = -1
 ) -> Float[Tensor, "b l n"]:
@@ -99,8 +101,7 @@ def logit_lens(
     ids = _asked(where, tokens, run.final.shape[0], vocabulary_size(model)).to(run.final.device)
     tail = Tail.of(model, run.sites, run.final, run.logits)
     streams = [run.seen[f"residual:{layer}"][:, run.column] for layer in range(len(run.sites.layers))]
-    with torch.no_grad():
-        return torch.stack([tail.raw(stream).gather(-1, ids) for stream in [*streams, run.final]], 1)
+    return torch.stack([tail.raw(stream).gather(-1, ids) for stream in [*streams, run.final]], 1)
 
 
 class Tail:
