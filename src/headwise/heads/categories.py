@@ -64,9 +64,9 @@ class CategoryThresholds:
 class ChoiceHeads:
     """Figures and categories of all heads, `[l, h]` each.
 
-    right, wrong: mean mass on the right label and on each wrong one, over prompts that the model answers right. missed:
-    the same ratio where it errs, for its own answer; gold: there for the gold option; both nan where it errs too seldom.
-    by_index: `[n, l, h]` mean mass on the label of each index over prompts with every right option alike. on_text,
+    right, wrong: mean mass on the right label and on each wrong one, over prompts that the model answers right.
+    missed: the ratio of the two where it errs, for its own answer; gold: there for the gold option; both nan where it
+    errs too seldom. by_index: `[n, l, h]` mean mass on the label of each index over prompts with every right option alike. on_text,
     on_right_text, on_last: masses. pushes: correlation as in the thresholds. accuracy: among the labels on offer.
     """
 

@@ -1,6 +1,6 @@
 """How much of its attention a row gives to named groups of keys, for every head: one forward, no weights kept.
 
-    mass(h, G) = mean over rows t of sum_{j in G} A_h[t, j]
+mass(h, G) = mean over rows t of sum_{j in G} A_h[t, j]
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

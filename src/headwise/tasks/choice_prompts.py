@@ -202,9 +202,7 @@ class ChoiceQuestion:
             twice = next(text for text in self.options if self.options.count(text) > 1)
             raise ValueError(f"{where}: two options have the text {twice!r}; which is right could not be told")
         if not 0 <= self.right < len(self.options):
-            raise ValueError(
-                f"{where}: right is {self.right}; the options have indices 0 to {len(self.options) - 1}"
-            )
+            raise ValueError(f"{where}: right is {self.right}; the options have indices 0 to {len(self.options) - 1}")
 
 
 def written_choices(

@@ -28,9 +28,10 @@ def multiple_choice_episodes(
     every episode (the option's place alone does not tell the answer), `fixed` always uses the first ones in order,
     `words` draws words that are no option.
     question: `first` (as above), `last` (`OPT a L b M c N d O Q x ANS`) or `end` (`OPT a L b M c N d O ANS Q x`: the
-    label follows the asked word as it did in the list, so that induction answers). asks: so many questions about one list,
-    each about another option (not with the question first): `OPT ... Q x ANS L Q y ANS`.
-    The twin asks for another option at its end. Spans, of the last question: `question`, `option` and `label` (the right ones), `twin-label`.
+    label follows the asked word as it did in the list, so that induction answers).
+    asks: so many questions about one list, each about another option (not with the question first).
+    The twin asks for another option at its end. Spans, of the last question: `question`, `option` and `label` (the
+    right ones), `twin-label`.
     """
     if not 2 <= options <= len(symbols.labels):
         raise ValueError(f"multiple_choice_episodes: options is {options}; expected 2 to {len(symbols.labels)}")
