@@ -66,8 +66,9 @@ class ChoiceHeads:
 
     right, wrong: mean mass on the right label and on each wrong one, over prompts that the model answers right.
     missed: the ratio of the two where it errs, for its own answer; gold: there for the gold option; both nan where it
-    errs too seldom. by_index: `[n, l, h]` mean mass on the label of each index over prompts with every right option alike. on_text,
-    on_right_text, on_last: masses. pushes: correlation as in the thresholds. accuracy: among the labels on offer.
+    errs too seldom. by_index: `[n, l, h]` mean mass on the label of each index over prompts with every right option
+    alike. on_text, on_right_text, on_last: masses. pushes: correlation as in the thresholds. accuracy: among the labels
+    on offer. erred: prompts answered wrong.
     """
 
     categories: dict[Head, str]
