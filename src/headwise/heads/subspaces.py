@@ -213,5 +213,5 @@ def label_pattern(
     What a head would look at if only the labels could be seen. With queries of another prompt it tells what the
     index of an option says without its content.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return (scale * torch.einsum("bd,bnd->bn", q, k)).softmax(-1)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    return (factor * torch.einsum("bd,bnd->bn", q, k)).softmax(-1)
