@@ -114,7 +114,7 @@ def test_what_cannot_be_asked_is_refused():
         ChoiceQuestion("Which?", ("sky", "sea"), 2)
     with pytest.raises(ValueError, match="at least 2"):
         ChoiceQuestion("Which?", ("sky",), 0)
-    with pytest.raises(ValueError, match="label 'A.B' is 3 tokens"):
+    with pytest.raises(ValueError, match=r"label 'A\.B' is 3 tokens"):
         written_choices([ASKED], word_tokenizer(), labels=["A.B", "C", "D", "E"])
     with pytest.raises(ValueError, match="for 4 options"):
         written_choices([ASKED], word_tokenizer(), labels="AAB")
