@@ -125,6 +125,28 @@ def test_multiple_choice_asks_for_the_label_beside_the_option(order, labels):
     assert (len(set(answered(made))) > 4) == (labels == "random")
 
 
+@pytest.mark.parametrize("order", ["text-first", "label-first"])
+@pytest.mark.parametrize(("question", "asks"), [("last", 1), ("last", 3), ("end", 1), ("end", 2)])
+def test_multiple_choice_may_ask_behind_its_list_and_several_times(order, question, asks):
+    made = multiple_choice_episodes(
+        30, SYMBOLS, order=order, labels="words", question=question, asks=asks, generator=draw()
+    )
+    assert made.twin is not None and made.length == 1 + 9 + 4 * asks
+    assert held(made, "option") == held(made, "question")
+    asked = made.input_ids[made.answers].view(30, asks)
+    assert [SYMBOLS.names[i] for i in asked[:, -1].tolist()] == held(made, "label")
+    assert [SYMBOLS.names[i] for i in made.twin[:, -1].tolist()] == held(made, "twin-label")
+    for ids, answers in zip(made.input_ids, made.answers, strict=True):
+        words = SYMBOLS.text(ids).split()
+        listed = words[2:10]
+        texts, tags = (listed[::2], listed[1::2]) if order == "text-first" else (listed[1::2], listed[::2])
+        assert len(set(listed)) == 8
+        places = answers.nonzero().flatten().tolist()
+        told = [words[at - (2 if question == "last" else 1)] for at in places]
+        assert [words[at] for at in places] == [tags[texts.index(text)] for text in told]
+        assert len(set(told)) == asks
+
+
 @pytest.mark.parametrize("task", Mixture.names)
 @pytest.mark.parametrize("length", [32, 64, 257])
 def test_the_mixture_has_every_task_at_every_length(task, length):
@@ -163,6 +185,9 @@ def test_accuracy_counts_tokens_and_whole_answers():
         (lambda: indirect_object_episodes(1, SYMBOLS, length=5, text=MIXTURE.text), "length is 5; .* at least 10"),
         (lambda: coloured_object_episodes(1, SYMBOLS, objects=9), "objects is 9; expected 2 to 8"),
         (lambda: multiple_choice_episodes(1, SYMBOLS, order="last"), "order is 'last'"),
+        (lambda: multiple_choice_episodes(1, SYMBOLS, question="middle"), "question is 'middle'"),
+        (lambda: multiple_choice_episodes(1, SYMBOLS, asks=2), "asks is 2; expected 1"),
+        (lambda: multiple_choice_episodes(1, SYMBOLS, question="end", asks=4), "asks is 4; expected 1, or up to 3"),
         (lambda: addition_episodes(1, SYMBOLS, sums=0), "sums is 0"),
         (lambda: addition_episodes(1, SYMBOLS, modulus=7), "modulus is 7"),
         (

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "bars", "figure", "lines", "plot_head_map", "save_figure"]
+__all__ = ["COLOURS", "bars", "circuit_graph", "figure", "head_matrix", "lines", "plot_head_map", "save_figure"]
 
 Numbers = Sequence[float | int]  # both named: the type checks of the tests do not take 1 for a float
 
@@ -136,6 +136,70 @@ def bars(
     axes.set_xticks(range(len(groups)), list(groups))
     axes.grid(visible=False, axis="x")
     _finish(axes, x, y, title, legend=len(series) > 1)
+
+
+def head_matrix(
+    axes: "Axes",
+    scores: Any,
+    *,
+    marked: Sequence[tuple[int, int]] = (),
+    limit: float | None = None,
+    title: str = "",
+    label: str = "",
+) -> None:
+    """Draw signed scores `[l, h]` of heads: layers down, heads across, 0 white, grey where no score is.
+
+    scores: nested lists, an array or a tensor. marked: (layer, head) pairs that get a frame. limit: the score at which
+    colours end on both sides; None means the largest. label: what the colours measure.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patches import Rectangle
+    from matplotlib.ticker import MaxNLocator
+
+    rows = [[float(value) for value in row] for row in scores]
+    if not rows or len({len(row) for row in rows}) != 1:
+        raise ValueError(f"head_matrix: {len(rows)} layers of {sorted({len(row) for row in rows})} heads; give [l, h]")
+    known = [abs(value) for row in rows for value in row if not math.isnan(value)]
+    end = limit if limit is not None else max(known, default=0.0) or 1.0
+    colours = LinearSegmentedColormap.from_list("signed", (COLOURS[1], "#ffffff", COLOURS[0])).with_extremes(
+        bad="#c9c9c9"
+    )
+    image = axes.imshow(rows, cmap=colours, vmin=-end, vmax=end, aspect="auto", interpolation="nearest")
+    for layer, head in marked:
+        axes.add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor="#1b1f24", linewidth=1.6))
+    axes.grid(visible=False)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    if axes.figure is not None:
+        axes.figure.colorbar(image, ax=axes, fraction=0.06, pad=0.03, label=label)
+    _finish(axes, "head", "layer", title, legend=False)
+
+
+def circuit_graph(
+    axes: "Axes", stages: Mapping[str, Sequence[Any]], *, shared: Sequence[Any] = (), title: str = ""
+) -> None:
+    """Draw the stages of a circuit, the output on top: one box for each stage with its nodes, arrows upwards.
+
+    stages: name -> nodes, from the output back to the input. shared: nodes that are drawn in a second colour.
+    """
+    if not stages:
+        raise ValueError("circuit_graph: there are no stages; give at least one")
+    known = {str(node) for node in shared}
+    height = len(stages)
+    for depth, (name, nodes) in enumerate(stages.items()):
+        y = height - 1 - depth
+        axes.text(0.0, y, name, ha="left", va="center", fontweight="bold", parse_math=False)
+        for i, node in enumerate(nodes):
+            colour = COLOURS[1] if str(node) in known else COLOURS[0]
+            box = {"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": colour, "linewidth": 1.4}
+            axes.text(0.48 + 0.16 * i, y, str(node), ha="center", va="center", color=colour, bbox=box)
+        if depth:
+            axes.annotate("", (0.48, y + 0.72), (0.48, y + 0.28), arrowprops={"arrowstyle": "->", "color": "#5a626c"})
+    widest = max(len(nodes) for nodes in stages.values())
+    axes.set_xlim(-0.02, max(1.0, 0.6 + 0.16 * widest))
+    axes.set_ylim(-0.6, height - 0.4)
+    axes.axis("off")
+    axes.set_title(title)
 
 
 def plot_head_map(
