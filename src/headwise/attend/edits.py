@@ -165,16 +165,20 @@ class _Uniform(InputEdit):
 
 @dataclass
 class ProjectHead(InputEdit):
-    """Project the queries, keys or values of heads.
+    """Project the queries, keys or values of heads: x becomes mean + U U^T (x - mean).
 
-    which: "q", "k" or "v". basis: `[d, r]` with orthonormal columns, or one such basis for each head.
-    keep: True keeps only the part in the span of the basis, False removes that part. With grouped keys only the named
-    query head sees its projected keys or values.
+    which: "q", "k" or "v". basis: U, `[d, r]` with orthonormal columns (r may be 0), or one such basis for each head.
+    keep: True keeps only the part in the span of the basis, False removes that part. mean: what stays whatever the
+    basis, `[d]` or one for each head; None is 0. group: only at these positions (rows for q, keys for k and v), as
+    where a basis was found at the labels of a question; None is everywhere. With grouped keys only the named query
+    head sees its projected keys or values. Queries and keys come after rotary embedding.
     """
 
     which: Literal["q", "k", "v"]
     basis: Tensor | dict[Head, Tensor]
     keep: bool = field(default=True, kw_only=True)
+    mean: Tensor | dict[Head, Tensor] | None = field(default=None, kw_only=True)
+    group: KeyGroup | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -182,21 +186,48 @@ class ProjectHead(InputEdit):
             raise ValueError(f"ProjectHead: which is {self.which!r}; choose q, k or v")
         if callable(self.when):
             raise ValueError("ProjectHead: when must be all, prompt or generated; keys have no rows to choose from")
+        if self.group is not None:
+            _check_group("ProjectHead", self.group)
         if isinstance(self.basis, dict) and self.heads is None:
             self.heads = list(self.basis)
 
+    def key_groups(self) -> tuple[KeyGroup, ...]:
+        return () if self.group is None else (self.group,)
+
     def change(self, call: Call) -> Call:
         x = getattr(call, self.which)
-        basis = self.basis
-        if isinstance(basis, dict):
-            basis = torch.stack([basis[Head(call.layer, number, call.tower)] for number in call.heads])
+        basis = _each_head(self.basis, call)
         if basis.shape[-2] != x.shape[-1]:
             raise ValueError(
                 f"ProjectHead: basis has {basis.shape[-2]} rows but {self.which} has {x.shape[-1]} columns"
             )
         basis = basis.to(x)
-        part = (x @ basis) @ basis.mT
-        return replace(call, **{self.which: part if self.keep else x - part}, memo={})
+        mean: Tensor | float = 0.0
+        if self.mean is not None:
+            mean = _each_head(self.mean, call).to(x)
+            if mean.shape[-1] != x.shape[-1]:
+                raise ValueError(f"ProjectHead: mean has {mean.shape[-1]} entries but {self.which} has {x.shape[-1]}")
+            mean = mean[..., None, :]
+        part = ((x - mean) @ basis) @ basis.mT
+        new = mean + part if self.keep else x - part
+        if self.group is not None:
+            chosen = self._chosen(call)[:, None, :, None]
+            new = torch.where(chosen, new, x)
+        return replace(call, **{self.which: new}, memo={})
+
+    def _chosen(self, call: Call) -> Tensor:
+        """`[b, n]` the rows (for q) or columns (for k and v) of a call that the group names."""
+        assert self.group is not None
+        if self.which != "q":
+            return call.columns(self.group.members(call.key_step))
+        return self.group.members(call.step)[:, call.row_offset : call.row_offset + call.q.shape[2]]
+
+
+def _each_head(value: Tensor | dict[Head, Tensor], call: Call) -> Tensor:
+    """A tensor for all heads, or those of the heads of a call one above the other."""
+    if not isinstance(value, dict):
+        return value
+    return torch.stack([value[Head(call.layer, number, call.tower)] for number in call.heads])
 
 
 @dataclass
