@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -208,7 +209,8 @@ def test_trainer_keeps_the_frozen_rest_under_decay_and_accumulation(tmp_path):
         state_numbers = 0
         run = trainer(model, tmp_path)
         run.train()
-        for state in run.optimizer.state.values():
+        rule: Any = run.optimizer
+        for state in rule.state.values():
             state_numbers += state["exp_avg"].numel()
         assert state_numbers == tuning.entries < 0.1 * sum(p.numel() for p in model.parameters())
         index = {key: value for key, value in tuning.state_dict().items() if key.endswith(".index")}

@@ -320,12 +320,12 @@ def _slice(module: nn.Module, name: str, axis: int, index: Sequence[int], dtype:
 
 def _unslice(module: nn.Module, name: str) -> None:
     place: Any = module
-    if isinstance(place, _Sliced):
+    if hasattr(place, "_slices"):
         for one in place._slices:
             del place._parameters[one + SLICE], place._buffers[one + "_index"]
             place._non_persistent_buffers_set.discard(one + "_index")
         del place._slices
-        place.__class__ = place._plain  # pyright: ignore[reportAttributeAccessIssue]
+        place.__class__ = place._plain
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

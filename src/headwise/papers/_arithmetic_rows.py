@@ -88,6 +88,7 @@ def pivotal(removals: Removals) -> Measured:
     )
 
 
+@torch.no_grad()
 def written(model: Calculator, task: str) -> tuple[dict[str, float], list[float]]:
     """Shares of the answer's centred logit that MLPs, heads and the rest write; what the lens reads at each depth."""
     asked = model.held[task]
@@ -132,7 +133,7 @@ def alike(one: Nodes, other: Nodes) -> float:
 def transfer(model: Calculator, removals: Removals) -> Measured:
     elsewhere = [task for task in SUMS if task != FOUND_ON]
     together = {task: alike(model.nodes[FOUND_ON], model.nodes[task]) for task in (*elsewhere, *LETTERS)}
-    pairs = {task: mean(removals.others[task]) for task in (*elsewhere, *LETTERS, "repeats")}
+    pairs = {task: mean(removals.others[task]) for task in (*elsewhere, "repeats")}
     margins = [
         min(removals.lost[task] - LOST, removals.lost[task] - 2 * pairs[task] - 1e-9, together[task] - ALIKE)
         for task in elsewhere
@@ -147,7 +148,7 @@ def transfer(model: Calculator, removals: Removals) -> Measured:
         },
         {
             "{:.1%} lost": {task: removals.lost[task] for task in calm},
-            "pairs {:.1%}": {task: pairs[task] for task in calm},
+            "pairs {:.1%}": {"repeats": pairs["repeats"]},
             "correlation {:.2f}": {task: together[task] for task in LETTERS},
         },
     )

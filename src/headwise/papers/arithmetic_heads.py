@@ -22,11 +22,7 @@ PAPER = Paper(
     modules=(
         "headwise.heads.finetuning",
         "headwise.hf.head_slices",
-        "headwise.tasks.arithmetic",
         "headwise.tasks.symbol_arithmetic",
-        "headwise.heads.patching",
-        "headwise.heads.attribution",
-        "headwise.heads.masses",
         "headwise.papers._arithmetic_setup",
         "headwise.papers._arithmetic_rows",
     ),

@@ -45,6 +45,7 @@ class ArithmeticPrompt:
     answer, twin_answer: with the space before them; twin_answer is empty where the counterfactual asks for nothing.
     spans: `operand`, `operator`, `equals` -> where each stands in `text`, in tokens, or in characters without a
     tokenizer; `equals` are the last tokens, of which the last one answers. Those of the twin are the same in tokens.
+    input_ids: they end with the space before the answer where a tokenizer makes that a token of its own.
     answer_ids: all tokens of the answer; with tokenizers that split numbers only the first of them is predicted by the
     prompt (`single` says whether it is the whole answer).
     """
@@ -60,7 +61,7 @@ class ArithmeticPrompt:
     input_ids: Int[Tensor, " t"] | None = None
     twin_ids: Int[Tensor, " t"] | None = None
     answer_ids: Int[Tensor, " n"] | None = None
-    twin_answer_ids: Int[Tensor, " n"] | None = None
+    twin_answer_ids: Int[Tensor, " m"] | None = None
 
     @property
     def single(self) -> bool:
@@ -100,10 +101,13 @@ def arithmetic(
     _check(n, ops, digits, operands, chosen, counterfactual, letters)
     rng = random.Random(seed)
     found: list[ArithmeticPrompt] = []
+    first = ops[0]
     for index in range(n):
         template = chosen[index % len(chosen)]
-        for _ in range(TRIES):
-            drawn = _draw(rng, template, ops, digits, operands, counterfactual, letters)
+        for attempt in range(TRIES):
+            if attempt % 50 == 0:  # kept while operands are drawn: exact divisions are rare
+                first = rng.choice(ops)
+            drawn = _draw(rng, template, ops, first, digits, operands, counterfactual, letters)
             prompt = None if drawn is None else _written(template, *drawn, letters, before, tokenizer)
             if prompt is not None:
                 found.append(prompt)
@@ -191,11 +195,10 @@ Problem = tuple[list[str], list[str]]  # operands, operators
 
 
 def _draw(
-    rng: random.Random, template: str, ops: str, digits: int, operands: int, twin: str, letters: bool
+    rng: random.Random, template: str, ops: str, first: str, digits: int, operands: int, twin: str, letters: bool
 ) -> tuple[Problem, str, Problem, str] | None:
     """A problem, its answer, the counterfactual problem and its answer; None where the draw is no good."""
     same = letters or template == "noun"  # one word for the whole problem
-    first = rng.choice(ops)
     kin = [op for op in ops if _class(op) == _class(first)]
     operators = [first] if same or operands == 2 else [first, rng.choice(kin)]
     pool = list(LETTERS) if letters else [str(i) for i in (range(10) if digits == 1 else range(10, 100))]
@@ -286,15 +289,17 @@ def _written(
     given: dict[str, Any] = {}
     if tokenizer is not None:
         coded = [_coded(tokenizer, *pair) for pair in zip(texts, answers, strict=True)]
-        if coded[0] is None or coded[1] is None:
+        first, second = coded
+        if first is None or second is None:
             return None
-        (ids, tail, offsets), (twin_ids, twin_tail, twin_offsets) = coded
+        (ids, tail, offsets), (twin_ids, twin_tail, twin_offsets) = first, second
         places = [
             {role: tuple(_tokens(at, *span) for span in found) for role, found in roles.items()}
             for roles, at in zip(spans, (offsets, twin_offsets), strict=True)
         ]
         if len(ids) != len(twin_ids) or places[0] != places[1]:
             return None
+        places[0]["equals"] = ((places[0]["equals"][0][0], len(ids)),)
         if len(twin_tail) and int(tail[0]) == int(twin_tail[0]):
             return None
         spans[0] = places[0]
@@ -320,10 +325,15 @@ def _coded(tokenizer: Any, text: str, answer: str) -> tuple[Tensor, Tensor, list
         return (ids[:-1], offsets[:-1]) if len(ids) > 1 and ids[-1] == end else (ids, offsets)
 
     ids, offsets = plain(text)
+    # Some tokenizers write the space before a number as a token of its own: it predicts the number, so it is given.
+    # Found on a digit, so that a counterfactual without an answer gets it too.
+    spaced, places = plain(f"{text} 7")
+    if len(spaced) > len(ids) + 1 and spaced[: len(ids)] == ids and places[len(ids)][1] <= len(text) + 1:
+        ids, offsets = spaced[: len(ids) + 1], places[: len(ids) + 1]
     both, _ = plain(text + answer)
-    if both[: len(ids)] != ids or (answer and len(both) == len(ids)):
+    if answer and (both[: len(ids)] != ids or len(both) == len(ids)):
         return None
-    return torch.tensor(ids), torch.tensor(both[len(ids) :], dtype=torch.long), offsets
+    return torch.tensor(ids), torch.tensor(both[len(ids) :] if answer else [], dtype=torch.long), offsets
 
 
 def _tokens(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
