@@ -32,8 +32,8 @@ def by_hand(text: str) -> int:
 @pytest.mark.parametrize("digits", [1, 2])
 @pytest.mark.parametrize("counterfactual", ["operator", "operands", "neutral"])
 def test_answers_are_right_and_divisions_exact(digits, operands, counterfactual):
-    prompts = arithmetic(80, digits=digits, operands=operands, counterfactual=counterfactual, seed=digits)
-    assert len({one.text for one in prompts}) > 40 and {one.template for one in prompts} == set(TEMPLATES)
+    prompts = arithmetic(48, digits=digits, operands=operands, counterfactual=counterfactual, seed=digits)
+    assert len({one.text for one in prompts}) > 30 and {one.template for one in prompts} == set(TEMPLATES)
     for one in prompts:
         assert int(one.answer) == by_hand(one.text) >= 0
         assert all(len(number) == digits for number in one.operands) and len(one.operands) == operands
@@ -45,7 +45,8 @@ def test_answers_are_right_and_divisions_exact(digits, operands, counterfactual)
         apart = [a != b for a, b in zip(one.text.split(), one.twin.split(), strict=True)]
         same_word = operands == 3 and counterfactual == "neutral" and one.template != "noun"
         assert sum(apart) == (2 if same_word else 1), (one.text, one.twin)
-    assert {op for one in prompts for op in one.operators} == set("+-*/")
+    if digits == 1:
+        assert {op for one in prompts for op in one.operators} == set("+-*/")
 
 
 def test_spans_without_a_tokenizer_are_characters():
@@ -99,7 +100,9 @@ def test_a_digit_splitting_tokenizer_shows_what_is_predicted():
     letters = {chr(code): code - 32 for code in range(32, 127)}
     split = Tokenizer(models.WordLevel(letters, unk_token="?"))
     split.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    prompts = arithmetic(30, "+*", digits=2, tokenizer=PreTrainedTokenizerFast(tokenizer_object=split))
+    prompts = arithmetic(
+        30, "+*", digits=2, counterfactual="operands", tokenizer=PreTrainedTokenizerFast(tokenizer_object=split)
+    )
     assert not any(one.single for one in prompts)
     assert all(len(one.answer_ids) == len(one.answer) for one in prompts if one.answer_ids is not None)
 

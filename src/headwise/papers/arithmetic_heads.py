@@ -42,6 +42,11 @@ PAPER = Paper(
                 "ablation) costs at least 30 points of addition accuracy is less than 5 % of the heads"
             ),
             control="the share that a single head is; the shortest prefix of the reversed ranking that costs as much",
+            known=(
+                "the model has 24 heads, one is already 4.2 % of them, and the eight heads of its last layer read "
+                "the operands side by side: five or six of them must go before 30 points are lost (from the other "
+                "end of the ranking, 54 % of all heads and more)"
+            ),
         ),
         Claim(
             id="focus",
@@ -65,6 +70,10 @@ PAPER = Paper(
                 "whole distribution is shown), and repeats lose less than 15 points without the two heads"
             ),
             control="all layer-matched pairs of other heads: mean, worst, and the share that costs as much",
+            known=(
+                "the eight heads of the last layer share the work, so that removing any two of them costs little: "
+                "the two strongest 3 to 4 points, in two of three runs more than 93 % of the other pairs, never 30"
+            ),
         ),
         Claim(
             id="mlps",
@@ -80,6 +89,11 @@ PAPER = Paper(
                 "from any layer to the next"
             ),
             control="the MLPs' share of the answer's logit where nothing is calculated: chosen letters",
+            known=(
+                "MLPs do write 81 to 86 % of the result's logit (28 % where letters are chosen), but at one stroke: "
+                "operands meet in the last of three layers, before which the lens reads about 0, and its MLP alone "
+                "makes the result; nothing grows step by step, and what is about 0 also falls a little"
+            ),
         ),
         Claim(
             id="transfer",
@@ -96,6 +110,11 @@ PAPER = Paper(
                 "additions with 0.6 or more (Spearman)"
             ),
             control="the same on chosen letters (the same roles, nothing to calculate) and on repeats",
+            known=(
+                "the effects transfer (rank correlations of 0.8 to 0.99), but the two heads of the first additions "
+                "are two of eight that share the work, and removing them costs less than 8 points on any task, on "
+                "additions as well"
+            ),
         ),
         Claim(
             id="tuning-gain",
@@ -124,6 +143,12 @@ PAPER = Paper(
                 "(none of them was in the tuning data), and no more together than after full tuning"
             ),
             control="full tuning, low-rank adapters of as many entries, and as many entries elsewhere",
+            known=(
+                "precise tuning keeps most of what full tuning forgets (9 to 11 points of repeats lost against 70 "
+                "to 74, 6 to 12 of letters against 99), but more than 5 points go; equally many entries elsewhere "
+                "and low-rank adapters forget as little, so it is the number of entries that protects here, and not "
+                "which they are"
+            ),
         ),
         Claim(
             id="foundation",

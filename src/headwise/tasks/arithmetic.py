@@ -203,6 +203,9 @@ def _draw(
     operators = [first] if same or operands == 2 else [first, rng.choice(kin)]
     pool = list(LETTERS) if letters else [str(i) for i in (range(10) if digits == 1 else range(10, 100))]
     values = rng.sample(pool, operands) if letters else rng.choices(pool, k=operands)
+    if first == "/":  # exact divisions are rare among even draws
+        divisor = int(rng.choice([one for one in pool if one != "0"]))
+        values[:2] = [rng.choice([one for one in pool if int(one) % divisor == 0]), str(divisor)]
     answer = _result(values, operators, operands)
     if answer is None:
         return None
@@ -215,7 +218,10 @@ def _draw(
         other_operators[at] = rng.choice(others)
     else:
         at = rng.randrange(operands)
-        other_values[at] = rng.choice([one for one in pool if one not in values])
+        for one in rng.sample(pool, len(pool)):
+            other_values[at] = one
+            if one not in values and _result(other_values, operators, operands) is not None:
+                break
     other = _result(other_values, other_operators, operands)
     if other is None or other == answer:
         return None
