@@ -15,7 +15,7 @@ from headwise.heads.categories import (
 from headwise.heads.masses import group_mass
 from headwise.hf.session import steer
 from headwise.specimens import planted
-from headwise.tasks.choice_prompts import choice_prompts
+from headwise.tasks.choice_questions import choice_prompts
 
 
 @pytest.fixture(scope="module")

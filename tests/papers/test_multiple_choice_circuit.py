@@ -14,7 +14,7 @@ from headwise.papers.record import find_paper
 from headwise.papers.running import Run
 from headwise.specimens import planted_llama
 from headwise.specimens.registry import load_specimen
-from headwise.tasks.choice_prompts import choice_prompts
+from headwise.tasks.choice_questions import choice_prompts
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from headwise.heads.attribution import logit_attribution, logit_lens
 from headwise.heads.decoding import arguments, embedding_device
 from headwise.heads.masses import group_mass
 from headwise.hf.addresses import layout
-from headwise.tasks.choice_prompts import ChoicePrompts
+from headwise.tasks.choice_questions import ChoicePrompts
 
 __all__ = ["CATEGORIES", "CategoryThresholds", "ChoiceHeads", "categorize_heads"]
 

@@ -29,7 +29,7 @@ from headwise.papers.statistics import bootstrap_interval, mean
 from headwise.papers.verdicts import Measured
 from headwise.report.plots import bars, figure, head_matrix, lines
 from headwise.specimens.registry import load_specimen
-from headwise.tasks.choice_prompts import ChoicePrompts, choice_prompts
+from headwise.tasks.choice_questions import ChoicePrompts, choice_prompts
 
 LABELLINGS = ("standard", "random", "permuted", "digits")
 PROMPTS, OPTIONS = 256, 4

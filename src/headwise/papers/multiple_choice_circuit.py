@@ -22,7 +22,7 @@ PAPER = Paper(
     modules=(
         "headwise.heads.categories",
         "headwise.heads.subspaces",
-        "headwise.tasks.choice_prompts",
+        "headwise.tasks.choice_questions",
         "headwise.papers._choice_rows",
     ),
     specimens=("choices", "tasks", "planted", "planted_llama"),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.specimens.tasks import COPYING, DEAD, dead_masks, silenced
-from headwise.tasks.choice_prompts import choice_prompts
+from headwise.tasks.choice_questions import choice_prompts
 from headwise.tasks.episodes import Episodes, answer_accuracy
 from headwise.tasks.mixture import Mixture
 from headwise.tasks.multiple_choice import multiple_choice_episodes

@@ -5,7 +5,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from headwise.tasks.choice_prompts import ChoiceQuestion, choice_prompts, written_choices
+from headwise.tasks.choice_questions import ChoiceQuestion, choice_prompts, written_choices
 from headwise.tasks.symbols import Symbols
 
 SYMBOLS = Symbols()
