@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from headwise.specimens.registry import load_specimen, word_tokenizer
-from headwise.tasks.arithmetic import TEMPLATES, arithmetic, arithmetic_batch, arithmetic_metrics
+from headwise.tasks.arithmetic_prompts import TEMPLATES, arithmetic, arithmetic_batch, arithmetic_metrics
 from headwise.tasks.symbol_arithmetic import ArithmeticSymbols, answers_by_operator, arithmetic_episodes
 
 SIGNS = {
@@ -68,7 +68,7 @@ def test_spans_and_lengths_hold_after_tokenisation(tokenizer, counterfactual):
     # This tokenizer cuts "7 , 2" into more pieces than "7 + 2".
     templates = TEMPLATES[1:] if counterfactual == "neutral" else TEMPLATES
     prompts = arithmetic(
-        24, digits=2, templates=templates, counterfactual=counterfactual, tokenizer=tokenizer, before="Now: "
+        12, digits=2, templates=templates, counterfactual=counterfactual, tokenizer=tokenizer, before="Now: "
     )
     for one in prompts:
         assert one.input_ids is not None and one.twin_ids is not None and one.answer_ids is not None
