@@ -15,7 +15,7 @@ from headwise.attend.addresses import Head
 from headwise.errors import InputError, UnsupportedModel
 from headwise.heads.finetuning import FineTuning, finetune_only, load_slices
 from headwise.hf.addresses import head_writes, layout, output_projection
-from headwise.hf.head_slices import head_slices
+from headwise.hf.parameter_slices import head_slices
 
 GENERATING = [name for name, one in FAMILIES.items() if one.generates and one.kind == "decoder"]
 

@@ -47,7 +47,7 @@ def test_the_shipped_model_does_what_its_card_says():
     (step,) = specimen_checkpoints("arithmetic")
     assert made.card["checkpoints"] == [step] and made.head_map is not None
     early = arithmetic.evaluate(load_specimen(f"arithmetic@{step}").model)
-    assert 0.2 < arithmetic.results_right(early) < arithmetic.EARLY and early["repeats"] > 0.8
+    assert 0.2 < arithmetic.results_right(early) < arithmetic.EARLY and early["repeats"] > 0.7
     later = [int(at) for at, right in made.card["results_right_along_training"].items() if right < arithmetic.EARLY]
     assert max(later) == step
     weights = sum(path.stat().st_size for path in made.folder.glob("*.safetensors")) if made.folder else 0

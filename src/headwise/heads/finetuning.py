@@ -1,7 +1,7 @@
 """Fine-tune chosen heads and MLPs and nothing else: "precise" tuning.
 
 A head's entries are rows of W_q, W_k and W_v (with their biases) and columns of W_o, wherever a family keeps them
-(`headwise.hf.head_slices`). They become small parameters of their own,
+(`headwise.hf.parameter_slices`). They become small parameters of their own,
 
     W = W_0 with W[index] = slice,
 
@@ -31,7 +31,7 @@ from headwise._files import atomic_path
 from headwise.attend.addresses import Head, select_heads
 from headwise.errors import InputError, UnsupportedModel
 from headwise.hf.addresses import layout, unwrap
-from headwise.hf.head_slices import head_slices
+from headwise.hf.parameter_slices import head_slices
 from headwise.hf.sites import find_sites
 
 __all__ = ["FineTuning", "finetune_only", "load_slices"]

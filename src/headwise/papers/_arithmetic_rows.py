@@ -12,7 +12,7 @@ from headwise.heads.effects import centred_logit
 from headwise.heads.masses import group_mass
 from headwise.heads.patching import path_patch
 from headwise.hf.addresses import layout
-from headwise.hf.head_slices import head_slices
+from headwise.hf.parameter_slices import head_slices
 from headwise.papers._arithmetic_setup import (
     DECAY,
     FOUND_ON,
@@ -44,7 +44,7 @@ def few_heads(model: Calculator, removals: Removals) -> Measured:
         {"{:.1%} of the heads are enough to lose 30 points": {"additions": needed / count}},
         {
             "a single head is {:.1%}": {"additions": 1 / count},
-            "from the other end of the ranking {:.1%} are needed": {"additions": reversed_ / count},
+            "from the other end of the ranking at least {:.1%} are needed": {"additions": reversed_ / count},
         },
         note=f"heads: {', '.join(map(str, ranked))}",
     )
@@ -289,7 +289,7 @@ def draw(run: Run, model: Calculator, removals: Removals, tunings: Tunings) -> N
         read = {task: written(model, task)[1] for task in ("add-infix", "subtract-infix", "first-infix", "last-infix")}
         lines(lens, depths, read, x="layers read", y="answer's logit over the mean", title="Logit lens")
         ways = {"before": tunings.before, **tunings.ways}
-        names = ["before", "full", "precise", "other heads,\nsame MLP", "other heads\nand MLP", "low rank"]
+        names = ["before", "full", "precise", "others,\nsame MLP", "others,\nother MLP", "low rank"]
         series = {
             "sums": [way.sums for way in ways.values()],
             "letters": [way.letters for way in ways.values()],

@@ -21,7 +21,7 @@ PAPER = Paper(
     area="heads",
     modules=(
         "headwise.heads.finetuning",
-        "headwise.hf.head_slices",
+        "headwise.hf.parameter_slices",
         "headwise.tasks.symbol_arithmetic",
         "headwise.papers._arithmetic_setup",
         "headwise.papers._arithmetic_rows",
