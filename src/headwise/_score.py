@@ -265,7 +265,9 @@ def score_corpus(
                 if engine == "ray":
                     from headwise._score_ray import scored_on_ray
 
-                    results = scored_on_ray(stage, source, job.state.place, job.state.documents, window, workers, threads)
+                    results = scored_on_ray(
+                        stage, source, job.state.place, job.state.documents, window, workers, threads
+                    )
                 else:
                     results = ((one.after, stage(one)) for one in found)
                 _write(job, results, source, say)
@@ -288,11 +290,19 @@ def _write(job: Job, results: Iterable[tuple[Place, list[dict[str, Any]]]], sour
             say(0, 1, f"{state.documents:,} documents, {rate:,.0f} a second")
             continue
         left = (1 - now) * (time.monotonic() - began) / max(1e-9, now - behind)
-        say(round(100 * now), 100, f"{state.documents:,} documents, {rate:,.0f} a second, {_clock(left)} left; per cent")
+        say(
+            round(100 * now), 100, f"{state.documents:,} documents, {rate:,.0f} a second, {_clock(left)} left; per cent"
+        )
 
 
 def _clock(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def _count(state: Any, row: Mapping[str, Any]) -> None:
@@ -332,9 +342,7 @@ def _summary(job: Job) -> dict[str, Any]:
         "flags": dict(sorted(state.flags.items())),
         "malformed": state.malformed,
         # Scores compare documents of one domain and like lengths; these say how far that matters here.
-        "correlations": {
-            name: _correlation(state.sums.get(name)) for name in ("length", "repetition", "base_loss")
-        },
+        "correlations": {name: _correlation(state.sums.get(name)) for name in ("length", "repetition", "base_loss")},
         "files": [str(job.part_path(number)) for number in range(state.part)],
     }
 
@@ -398,7 +406,9 @@ def _need_pyarrow() -> None:
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError:
-        raise InputError('format: parquet needs pyarrow, which is not installed; pip install "headwise[data]"') from None
+        raise InputError(
+            'format: parquet needs pyarrow, which is not installed; pip install "headwise[data]"'
+        ) from None
 
 
 def keep_best(
@@ -465,5 +475,7 @@ def _joined(scores: str | os.PathLike[str], corpus: Corpus | None) -> Iterator[d
     for document in corpus.read():
         row = next(rows, None)
         if row is None or (row["file"], row["line"]) != (document.file, document.line):
-            raise InputError(f"corpus: {document.file}, line {document.line} is not in the scores; give what was scored")
+            raise InputError(
+                f"corpus: {document.file}, line {document.line} is not in the scores; give what was scored"
+            )
         yield {**(document.record or {"text": document.text}), "attention_influence": row["score"]}

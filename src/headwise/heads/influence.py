@@ -34,7 +34,7 @@ __all__ = ["Influence", "attention_influence", "influence_heads"]
 
 MODES = ("uniform", "zero", "first")
 LEAST_LOSS = 1e-6  # below it a relative increase means nothing
-LOGITS = 2**21  # how many logits are held at once
+LOGITS = 2**22  # how many logits are held at once
 Mode = Literal["uniform", "zero", "first"]
 Documents = Int[Tensor, "b t"] | Iterable[Any]
 
