@@ -63,7 +63,7 @@ def scored_on_ray(
     shared = ray.put(stage)
     source = ray.data.read_datasource(_datasource()(corpus, start, number, size), override_num_blocks=1)
     scored = source.map_batches(
-        _Scorer,  # pyright: ignore[reportArgumentType]
+        _Scorer,
         fn_constructor_args=(shared, threads),
         batch_size=1,
         num_cpus=CORES,

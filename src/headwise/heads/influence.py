@@ -156,7 +156,7 @@ def _limits(model: nn.Module) -> tuple[int | None, int]:
     return context_length(model), vocabulary_size(model)
 
 
-Row = tuple[int, Int[Tensor, " t"]]
+Row = tuple[int, Int[Tensor, " _"]]
 
 
 def _batches(
@@ -218,7 +218,8 @@ class _Scorer:
     """The two losses of batches of documents under one model and one set of heads."""
 
     def __init__(self, model: nn.Module, heads: list[Head], mode: Mode, prefix: int, implementation: str) -> None:
-        self.model, self.heads, self.mode, self.prefix = unwrap(model), heads, mode, prefix
+        self.model, self.heads, self.prefix = unwrap(model), heads, prefix
+        self.mode: Mode = mode
         self.alone = implementation == "reference"
         self.below = None if self.alone else backbone(model)
         self.skipped: list[nn.Module] = []

@@ -26,7 +26,7 @@ NEEDED, UNNEEDED = ("repeats", "needles"), ("bigrams", "addition")  # is the con
 EVALUATED = ("repeats", "needles", "addition", "indirect_objects", "coloured_objects", "multiple_choice")
 LENGTH, POOL = 32, 2048
 WIDTH, INNER, LAYERS, HEADS = 160, 320, 2, 4
-STEPS, BATCH, EVERY, RATE = 300, 24, 50, 4e-3
+STEPS, BATCH, EVERY, RATE = 200, 24, 25, 4e-3
 
 
 def documents(length: int, each: int, seed: int) -> dict[str, Int[Tensor, "n t"]]:
@@ -100,6 +100,8 @@ class Selector:
     @classmethod
     def load(cls, run: Run) -> "Selector":
         specimen = load_specimen("tasks")
+        if specimen.head_map is None:
+            raise ValueError("attention-influence: the tasks model has no head map; train it with headwise train tasks")
         scores = HeadMap.load(specimen.head_map)
         heads = influence_heads(scores)
         others = scores.matched_random(heads, draws=200, seed=run.seed)
