@@ -131,7 +131,9 @@ KILLED = """
 import os, pathlib, random, signal, sys, time
 import torch
 import headwise.cli
+import headwise.commands.score
 torch.set_num_threads(1)
+headwise.load(sys.argv[3])  # imported once, for all that are forked
 folder, corpus, model, kills = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3], 10
 arguments = ["--model", model, "--heads", "1.0", "--window", "8", "--batch-tokens", "512", "--json"]
 
