@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from headwise.papers import _influence_rows as rows
-from headwise.papers._influence_setup import Arm, Told, auc, documents, make_pool
+from headwise.papers._influence_setup import Arm, Selector, Told, auc, documents, make_pool
 from headwise.tasks.mixture import Mixture
 
 
@@ -58,9 +58,8 @@ def test_steps_to_a_target():
 
 @pytest.mark.parametrize(("middle", "holds"), [(0.3, True), (0.0, False)])
 def test_weak_to_strong_asks_for_fewer_steps(middle, holds):
-    class Small:
-        model = torch.nn.Linear(3, 3)
-
+    small = object.__new__(Selector)
+    small.model = torch.nn.Linear(3, 3)
     ends = {"repeats": 0.5, "needles": 0.5}
     found = arms(ends, {"repeats": 0.2, "needles": 0.2}, middle)
-    assert rows.weak_to_strong(Small(), found).holds is holds  # pyright: ignore[reportArgumentType]
+    assert rows.weak_to_strong(small, found).holds is holds

@@ -18,7 +18,8 @@ from transformers.utils.generic import ModelOutput
 from headwise.hf.addresses import unwrap
 from headwise.hf.inputs import takes
 
-__all__ = ["Kept", "backbone", "keep_output", "replay", "row_logits"]
+# `replay` is taken from this module: an area exports no name that one of its modules has.
+__all__ = ["Kept", "backbone", "keep_output", "row_logits"]
 
 
 class Kept:
