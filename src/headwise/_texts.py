@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headwise.errors import InputError
 
-__all__ = ["Batch", "Text", "Window", "batches", "default_text", "read_text", "readable", "windows"]
+__all__ = ["Batch", "Text", "Window", "batches", "default_text", "read_text", "readable", "special_ids", "windows"]
 
 JSONL = (".jsonl", ".ndjson")
 FIELDS = ("text", "content", "document")
@@ -148,6 +148,11 @@ def _specials(tokenizer: Any, causal: bool) -> tuple[list[int], list[int]]:
     if not start and tokenizer.bos_token_id is not None:
         start = [tokenizer.bos_token_id]
     return start, [] if causal else end
+
+
+def special_ids(tokenizer: Any) -> list[int]:
+    """What comes before a text that a causal model reads: what the tokenizer puts there, at least its BOS token."""
+    return _specials(tokenizer, True)[0]
 
 
 def _tokenized(tokenizer: Any, document: str) -> tuple[list[int], list[str]]:

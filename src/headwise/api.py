@@ -11,6 +11,7 @@ from typing import Any
 
 from headwise._edits import edit_classes
 from headwise._scan import Scan, compare, scan
+from headwise._score import keep_best, score_corpus
 from headwise.attend import saving
 from headwise.attend.addresses import Head
 from headwise.attend.edit import Edit
@@ -32,11 +33,13 @@ __all__ = [
     "compare",
     "head_outputs",
     "heads_of",
+    "keep_best",
     "load",
     "load_edits",
     "probe",
     "save_edits",
     "scan",
+    "score_corpus",
     "steer",
     "train",
 ]

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 import headwise
-from headwise.commands import doctor, inventory, measure, papers, scan, steer
+from headwise.commands import doctor, inventory, measure, papers, scan, score, select, steer
 from headwise.commands.common import Json, output, silence
 from headwise.errors import HeadwiseError, InputError
 
@@ -35,6 +35,8 @@ app = typer.Typer(
 )
 app.command("scan", short_help="Score every head of a model; write a map and a report.")(scan.scan)
 app.command("steer", short_help="Write with and without edits, and show both.")(steer.steer)
+app.command("score", short_help="Score a corpus by attention influence.")(score.score)
+app.command("select", short_help="Keep the best-scored documents of each domain.")(select.select)
 app.command("papers", short_help="The catalogue: what each paper is, and what came out.")(papers.papers)
 app.command("reproduce", short_help="Run a paper's claims at small scale.")(papers.reproduce)
 app.command("bench", short_help="Speed and memory beside what one would use instead.")(measure.bench)

@@ -83,7 +83,7 @@ def run(
     dtype: str | None,
 ) -> None:
     key, values = _checked(texts, given, sweep)
-    head_map = _read_map(map_file)
+    head_map = read_map(map_file)
     from headwise import _generate as writing
     from headwise.api import load, steer
 
@@ -167,7 +167,7 @@ def _checked(texts: list[str], given: dict[str, str | None], sweep: str | None) 
     return key, list(values)
 
 
-def _read_map(path: Path | None) -> Any:
+def read_map(path: Path | None) -> Any:
     if path is None:
         return None
     if not path.is_file():
