@@ -5,6 +5,7 @@ An adapter only: windows are cut by one reading task and written by the caller, 
 
 import pickle
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,8 +80,15 @@ def scored_on_ray(
         yield after, rows
 
 
-def _datasource() -> type:
+def _blocks(corpus: Corpus, start: Place, number: int, size: int) -> Iterator[Any]:
+    """What the reading task does: a window a block. By name, so that it travels without what stands around it."""
     import pyarrow
+
+    for window in windows(corpus, start, number, size):
+        yield pyarrow.table({"window": pyarrow.array([pickle.dumps(window)], pyarrow.large_binary())})
+
+
+def _datasource() -> type:
     from ray.data import Datasource, ReadTask
     from ray.data.block import BlockMetadata
 
@@ -96,10 +104,7 @@ def _datasource() -> type:
         def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
             corpus, start, number, size = self.given
 
-            def read() -> Iterator[Any]:
-                for window in windows(corpus, start, number, size):
-                    yield pyarrow.table({"window": pyarrow.array([pickle.dumps(window)], pyarrow.large_binary())})
-
+            read = partial(_blocks, corpus, start, number, size)
             return [ReadTask(read, BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None))]
 
     return Windows
