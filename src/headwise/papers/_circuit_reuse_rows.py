@@ -159,7 +159,7 @@ def repaired(subject: Subject, shared: dict[tuple[str, str], Shared], run: Run) 
     circuit = subject.found[task].circuit
     heads = [head for head in circuit.stages["keys"] if isinstance(head, Head)]
     movers = [head for head in circuit.stages["movers"] if isinstance(head, Head)]
-    asked = Asked.of(subject.mixture, "coloured_objects", subject.seed + 40, length=TOO_LONG, prompts=48)
+    asked = Asked.of(subject.mixture, "coloured_objects", subject.seed + 40, length=TOO_LONG, prompts=32)
     rows = scene_rows(asked)
     right = asked.right(subject.model)
     mass, wrong = (mass_on(subject.model, asked, movers, span) for span in ("colour", "twin-colour"))

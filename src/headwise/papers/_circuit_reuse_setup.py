@@ -213,7 +213,7 @@ def small_model(seed: int) -> nn.Module:
         return LlamaForCausalLM(config)
 
 
-def transfer(seed: int, run: Run, *, first: int = 1200, cap: int = 500) -> Transfer:
+def transfer(seed: int, run: Run, *, first: int = 1000, cap: int = 500) -> Transfer:
     """Learn to copy, then indirect objects from there and from nothing, with the same batches and learning rate."""
     mixture, fresh = Mixture(), small_model(seed)
     copying = deepcopy(fresh)

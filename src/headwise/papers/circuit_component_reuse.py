@@ -27,7 +27,6 @@ PAPER = Paper(
         "headwise.heads.effects",
         "headwise.heads.attribution",
         "headwise.heads._patch_runs",
-        "headwise.tasks.minimal_pairs",
         "headwise.papers._circuit_reuse_setup",
         "headwise.papers._circuit_reuse_rows",
     ),
