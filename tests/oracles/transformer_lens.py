@@ -110,25 +110,28 @@ def patching() -> dict[str, torch.Tensor]:
                 frozen = [put(other, sender, True) for other in range(layers)]
                 seen = {}
 
-                def keep(q, hook, seen=seen):
-                    seen[hook.name] = q.clone()
-                    return q
+                def keep(at: int, seen: dict = seen):
+                    def hook(q, hook):
+                        seen[at] = q.clone()
+                        return q
 
-                queries = [(f"blocks.{at}.attn.hook_q", keep) for at, _ in RECEIVERS]
+                    return f"blocks.{at}.attn.hook_q", hook
+
+                queries = [keep(at) for at, _ in RECEIVERS]
                 patched = bridge.run_with_hooks(ids, fwd_hooks=[*frozen, *queries])
                 found["logits"][:, layer, head] = metric(patched) - before
                 if layer >= max(at for at, _ in RECEIVERS):
                     continue
 
-                def give(q, hook, seen=seen):
-                    new = q.reshape(*ids.shape, heads, width).clone()
-                    other = seen[hook.name].reshape(new.shape)
-                    for at, number in RECEIVERS:
-                        if hook.name == f"blocks.{at}.attn.hook_q":
-                            new[:, :, number] = other[:, :, number]
-                    return new.reshape(q.shape)
+                def give(at: int, number: int, seen: dict = seen):
+                    def hook(q, hook):
+                        new = q.reshape(*ids.shape, heads, width).clone()
+                        new[:, :, number] = seen[at].reshape(new.shape)[:, :, number]
+                        return new.reshape(q.shape)
 
-                received = [(f"blocks.{at}.attn.hook_q", give) for at, _ in RECEIVERS]
+                    return f"blocks.{at}.attn.hook_q", hook
+
+                received = [give(at, number) for at, number in RECEIVERS]
                 found["queries"][:, layer, head] = metric(bridge.run_with_hooks(ids, fwd_hooks=received)) - before
     given = {"ids": ids, "twin": twin, "right": right, "wrong": wrong, "clean": before, "written": written}
     return weights | {f"patching.{name}": value for name, value in (given | found).items()}
