@@ -30,7 +30,8 @@ def model() -> Any:
         vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_positions=LENGTH, bos_token_id=0,
         eos_token_id=0, initializer_range=0.05,
     )  # fmt: skip
-    return GPT2LMHeadModel(config).eval().to(setting.device, getattr(torch, setting.dtype))
+    made: Any = GPT2LMHeadModel(config).eval()
+    return made.to(setting.device, getattr(torch, setting.dtype))
 
 
 @cache

@@ -129,7 +129,8 @@ def coloured_object_pairs(n: int, *, objects: int = 3, shots: int = 1, seed: int
 
 
 def _scene(draw: random.Random, objects: int) -> tuple[str, list[tuple[str, str]]]:
-    told = list(zip(draw.sample(OBJECTS, objects), draw.sample(COLOURS, objects), strict=True))
+    things, colours = draw.sample(OBJECTS, objects), draw.sample(COLOURS, objects)
+    told = [(str(thing), str(colour)) for thing, colour in zip(things, colours, strict=True)]
     parts = [f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {thing}" for thing, colour in told]
     listed = f"{', '.join(parts[:-1])}, and {parts[-1]}" if objects > 2 else " and ".join(parts)
     return f"Q: On the {draw.choice(PLACES_OF_THINGS)}, {draw.choice(OPENINGS)} {listed}.", told
