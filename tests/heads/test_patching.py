@@ -27,13 +27,20 @@ D = logit_difference(RIGHT, WRONG)
 
 
 def gpt2(**options):
-    config = {"vocab_size": V, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
+    config: dict[str, Any] = {
+        "vocab_size": V,
+        "n_embd": 32,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_positions": 64,
+        "initializer_range": 0.3,
+    }
     torch.manual_seed(0)
     return hf.GPT2LMHeadModel(hf.GPT2Config(**config | {"bos_token_id": 1, "eos_token_id": 2} | options)).eval()
 
 
 def llama(**options):
-    config = {
+    config: dict[str, Any] = {
         "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2, "initializer_range": 0.3,
     }  # fmt: skip
