@@ -152,7 +152,9 @@ def test_identities_hold_on_the_shipped_model(model):
 
 
 def test_forcing_a_head_mends_what_was_too_long(model, tmp_path):
-    """The head that the needles' keys come from, on a few prompts; and the picture."""
+    """0.0 alone, picked by looking at nine heads: it shows that forcing rows works. The run's rule names 0.1 as well,
+    and fails. And the picture.
+    """
     asked = Asked.of(MIXTURE, "coloured_objects", 77, length=TOO_LONG, prompts=8)
     before = asked.accuracy(model)
     with steer(model, forced([Head(0, 0)], scene_rows(asked))):
