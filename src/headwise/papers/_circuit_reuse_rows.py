@@ -31,6 +31,10 @@ from headwise.report.plots import bars, figure, head_matrix
 
 PAPERS = ("indirect_objects", "coloured_objects")
 CONTROLS = 10
+SHORT = {
+    "indirect_objects": "indirect", "coloured_objects": "colours", "needles": "needles", "repeats": "repeats",
+    "addition": "addition",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,7 @@ def controls(subject: Subject, heads: Sequence[Head], draws: int = CONTROLS) -> 
     return control_sets(table, list(heads), subject.live, draws=draws, seed=subject.seed)
 
 
-def generalise(
-    subject: Subject, shared: dict[tuple[str, str], Shared], run: Run
-) -> tuple[Measured, dict[str, Removal]]:
+def generalise(subject: Subject, shared: dict[tuple[str, str], Shared], run: Run) -> Measured:
     """One pair at least: heads found on one task carry another one."""
     task = source(shared)
     pair = next(pair for pair in PAIRS if set(pair) == {task, "coloured_objects"})
@@ -332,7 +334,7 @@ def draw(run: Run, subject: Subject, shared: dict[tuple[str, str], Shared], foun
             )
         bars(
             third,
-            [_pair(pair).replace(" + ", "\n") for pair in PAIRS],
+            ["\n".join(SHORT[task] for task in pair) for pair in PAIRS],
             {
                 "shared": [len(one.found.shared) for one in shared.values()],
                 "by chance, same layers": [one.found.expected for one in shared.values()],
@@ -340,17 +342,20 @@ def draw(run: Run, subject: Subject, shared: dict[tuple[str, str], Shared], foun
             y="heads",
             title="Heads that two circuits share",
         )
-        third.tick_params(axis="x", labelsize=6)
+        third.tick_params(axis="x", labelsize=7)
         bars(
             fourth,
-            ["as it is", f"forced {_list(found.heads)}", "others forced"],
+            ["as it is", f"{_list(found.heads)} forced", "others forced"],
             {
-                "right": [found.before, found.after, mean(found.others)],
-                "movers on the right colour": [*found.mass, mean(found.other_mass)],
+                "answers right": [found.before, found.after, mean(found.others)],
+                "movers' weight on the right colour": [*found.mass, mean(found.other_mass)],
             },
             y="share",
             title=f"Coloured objects, {TOO_LONG} tokens",
         )
+        fourth.set_ylim(0, 1)
+        for axes in (third, fourth):
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=8)
     run.figures.append(path)
 
 

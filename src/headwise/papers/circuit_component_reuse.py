@@ -75,9 +75,9 @@ PAPER = Paper(
             ),
             control="layer-matched chance; the other pairs of tasks, addition among them",
             known=(
-                "2, 3 and 2 of the 3 heads of indirect objects are shared (three seeds), but circuits of 3 and 4 heads are "
-                "too few to tell from chance in the same layers: even 3 of 3 gives p of 0.095 after correction for eight "
-                "pairs"
+                "2, 3 and 2 of the 3 heads of indirect objects are shared (three seeds), but circuits of 3 and 4 heads "
+                "are too few to tell from chance in the same layers: even 3 of 3 gives p of 0.095 after correction for "
+                "eight pairs"
             ),
         ),
         Claim(
@@ -94,8 +94,8 @@ PAPER = Paper(
             ),
             control="layer-matched chance; the other pairs of tasks, addition among them",
             known=(
-                "67, 100 and 67 % (three seeds): with circuits of 3 heads one head is a third, and even 3 of 3 gives p of "
-                "0.095 after correction for eight pairs"
+                "67, 100 and 67 % (three seeds): with circuits of 3 heads one head is a third, and even 3 of 3 gives p "
+                "of 0.095 after correction for eight pairs"
             ),
         ),
         Claim(
@@ -115,9 +115,9 @@ PAPER = Paper(
             ),
             control="layer-matched live heads forced in the same rows (10 draws)",
             known=(
-                "the rule names 0.0 and 0.1, and forcing both makes things worse in two seeds of three. In a look at nine "
-                "single heads before the run, other prompts and all rows, 0.1 spoiled short texts too (1.00 to 0.17) while "
-                "0.0 alone mended long ones (0.27 to 0.98): a head picked by its result, which does not count"
+                "the rule names 0.0 and 0.1, and forcing both makes things worse in two seeds of three. In a look at "
+                "nine single heads before the run, other prompts and all rows, 0.1 spoiled short texts too (1.00 to "
+                "0.17) while 0.0 alone mended long ones (0.27 to 0.98): a head picked by its result, which does not count"
             ),
         ),
         Claim(
@@ -149,8 +149,8 @@ PAPER = Paper(
             ),
             control="layer-matched live heads forced in the same rows (10 draws)",
             known=(
-                "the intervention does not mend, and the movers' weight on the right colour falls (0.04 to 0.07 before, "
-                "0.01 to 0.02 after) where it was to rise"
+                "the intervention does not mend, and the movers' weight on the right colour falls (0.04 to 0.07 "
+                "before, 0.01 to 0.02 after) where it was to rise"
             ),
         ),
         Claim(
