@@ -117,7 +117,7 @@ PAPER = Paper(
             known=(
                 "the rule names 0.0 and 0.1, and forcing both makes things worse in two seeds of three. In a look at "
                 "nine single heads before the run, other prompts and all rows, 0.1 spoiled short texts too (1.00 to "
-                "0.17) while 0.0 alone mended long ones (0.27 to 0.98): a head picked by its result, which does not count"
+                "0.17) while 0.0 alone mended long ones (0.27 to 0.98): picked by its result, it does not count"
             ),
         ),
         Claim(
