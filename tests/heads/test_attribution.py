@@ -60,9 +60,11 @@ def test_a_direct_effect_is_a_difference_of_parts(make, pair):
     found = path_patch(model, ids, twin, D, freeze=("heads", "mlps", "norm"))
     clean = logit_attribution(model, ids, ASKED)
     with Runs("test", model, Prompts.of("test", model, ids, twin), position=-1, at=-1) as runs:
+        assert runs.clean.final is not None and runs.clean.logits is not None
         tail = Tail.of(model, runs.sites, runs.clean.final[:, -1], runs.clean.logits)
         directions, _ = tail.directions(ASKED)
         for layer, part in enumerate(runs.sites.layers):
+            assert part.projection is not None
             matrix = head_writes(part.projection, 4)
             z = runs.corrupt.heads[layer][:, -1]
             share = torch.einsum("bhe,hec,bnc->bhn", z, matrix, directions)

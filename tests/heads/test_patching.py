@@ -1,6 +1,7 @@
 """Patching against hooks written by hand, the identities of the method, and planted heads."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -26,13 +27,20 @@ D = logit_difference(RIGHT, WRONG)
 
 
 def gpt2(**options):
-    config = {"vocab_size": V, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
+    config: dict[str, Any] = {
+        "vocab_size": V,
+        "n_embd": 32,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_positions": 64,
+        "initializer_range": 0.3,
+    }
     torch.manual_seed(0)
     return hf.GPT2LMHeadModel(hf.GPT2Config(**config | {"bos_token_id": 1, "eos_token_id": 2} | options)).eval()
 
 
 def llama(**options):
-    config = {
+    config: dict[str, Any] = {
         "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2, "initializer_range": 0.3,
     }  # fmt: skip
@@ -217,7 +225,7 @@ def test_total_effects_are_those_of_hooks_by_hand(model, pair):
      {"batch_tokens": 30}],
     ids=str,
 )  # fmt: skip
-def test_the_fast_ways_give_the_numbers_of_the_reference(model, pair, options, padded):
+def test_the_fast_ways_give_the_numbers_of_the_reference(model, pair, options: Any, padded):
     clean, corrupt = pair
     if padded:
         mask = torch.ones(B, T).long()
@@ -356,7 +364,8 @@ def test_other_families(name):
     twin["input_ids"][:, 6] = 9
     metric = logit_difference(torch.tensor([10, 11]), torch.tensor([12, 13]))
     last = find_last(model)
-    for options in ({}, {"receivers": f"{last}.0.q"}):
+    every: list[Any] = [{}, {"receivers": f"{last}.0.q"}]
+    for options in every:
         fast = path_patch(model, inputs, twin, metric, **options)
         slow = path_patch(model, inputs, twin, metric, implementation="reference", **options)
         assert fast.about["way"] != "full"
@@ -425,8 +434,8 @@ def test_effects_are_normalised_and_kept(tmp_path, pair):
     ],
     ids=str,
 )
-def test_bad_input(pair, change, message):
-    given = {"clean": pair[0], "corrupt": pair[1], "metric": D} | change
+def test_bad_input(pair, change: Any, message):
+    given: dict[str, Any] = {"clean": pair[0], "corrupt": pair[1], "metric": D} | change
     clean, corrupt, metric = (given.pop(name) for name in ("clean", "corrupt", "metric"))
     with pytest.raises(ValueError, match=message):
         path_patch(llama(), clean, corrupt, metric, **given)
