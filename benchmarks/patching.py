@@ -7,6 +7,7 @@ official script does (its third run is left out: to the logits it adds nothing).
 
 import importlib.util
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cache, partial
 from typing import Any
 
@@ -59,9 +60,9 @@ def transformer_lens() -> Callable[[], Any]:
 
     from headwise.specimens.registry import load_specimen
 
-    # It asks for a tokenizer and never uses it here.
+    # It asks for a tokenizer and never uses it here; it rebuilds the model that it is given, so it gets its own.
     tokenizer = load_specimen("text").tokenizer
-    bridge = TransformerBridge.boot_transformers("gpt2", hf_model=model(), tokenizer=tokenizer)
+    bridge = TransformerBridge.boot_transformers("gpt2", hf_model=deepcopy(model()), tokenizer=tokenizer)
     ids, twin, right, wrong = prompts()
     metric = logit_difference(right, wrong)
     shape, names = (PROMPTS, LENGTH, HEADS, WIDTH // HEADS), [f"blocks.{layer}.attn.hook_z" for layer in range(LAYERS)]
