@@ -44,7 +44,8 @@ def model(implementation: str = "sdpa") -> Any:
         tie_word_embeddings=True,
     )
     config._attn_implementation = implementation
-    return LlamaForCausalLM(config).eval().to(setting.device, getattr(torch, setting.dtype))
+    made: Any = LlamaForCausalLM(config).eval()
+    return made.to(setting.device, getattr(torch, setting.dtype))
 
 
 @cache

@@ -35,7 +35,8 @@ def model() -> Any:
         max_position_embeddings=1024,
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config).eval().to(setting.device, getattr(torch, setting.dtype))
+    made: Any = LlamaForCausalLM(config).eval()
+    return made.to(setting.device, getattr(torch, setting.dtype))
 
 
 @cache

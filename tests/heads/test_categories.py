@@ -9,7 +9,7 @@ from headwise.heads.categories import (
     CATEGORIES,
     CategoryThresholds,
     ChoiceHeads,
-    _category,  # pyright: ignore[reportPrivateUsage]
+    _category,
     categorize_heads,
 )
 from headwise.heads.masses import group_mass

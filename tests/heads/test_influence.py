@@ -208,7 +208,8 @@ def test_heads_by_default():
         influence_heads(found, share=0.0)
     with pytest.raises(ValueError, match="no head of the map"):
         influence_heads(HeadMap({"retrieval": {}}, layout))
-    assert influence_heads(HeadMap.load(load_specimen("tasks").head_map)) == [Head(2, 0), Head(2, 1)]
+    shipped = load_specimen("tasks").head_map
+    assert shipped is not None and influence_heads(HeadMap.load(shipped)) == [Head(2, 0), Head(2, 1)]
 
 
 @pytest.mark.parametrize(

@@ -45,10 +45,10 @@ def test_effective_holds_and_fails():
 
 
 def test_improvement_asks_for_every_task():
-    good = dict.fromkeys(rows.IN_POOL, 0.5)
+    good: dict[str, float] = dict.fromkeys(rows.IN_POOL, 0.5)
     assert rows.improvement(arms(good, {}), rows.IN_POOL).holds
     assert not rows.improvement(arms({**good, "addition": 0.0}, {}), rows.IN_POOL).holds
-    assert not rows.improvement(arms(good, dict.fromkeys(rows.IN_POOL, 0.49)), rows.IN_POOL).holds
+    assert not rows.improvement(arms(good, {name: 0.49 for name in rows.IN_POOL}), rows.IN_POOL).holds
 
 
 def test_steps_to_a_target():

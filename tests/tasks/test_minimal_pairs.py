@@ -91,9 +91,9 @@ def test_pairs_are_encoded_for_path_patching():
     assert made.clean["input_ids"].shape == made.corrupt["input_ids"].shape
     assert torch.equal(made.changed.sum(1), torch.ones(len(pairs)).long())
     assert bool(made.clean["attention_mask"][:, -1].all()) and not bool(made.clean["attention_mask"].all())
-    told = tokenizer.convert_ids_to_tokens(made.right)
+    told = tokenizer.convert_ids_to_tokens(made.right.tolist())
     assert told == [pair.answer.strip() for pair in pairs]
-    assert tokenizer.convert_ids_to_tokens(made.wrong) == [pair.twin_answer.strip() for pair in pairs]
+    assert tokenizer.convert_ids_to_tokens(made.wrong.tolist()) == [pair.twin_answer.strip() for pair in pairs]
 
 
 def test_answers_of_several_tokens_are_refused_by_name():
