@@ -84,7 +84,7 @@ def test_a_folder_with_other_files_is_not_overwritten(tmp_path):
     ("name", "message"),
     [
         ("plantd", r"specimen 'plantd' is not known; did you mean 'planted'\?"),
-        ("xyz", r"specimen 'xyz' is not known; expected one of backcopy, "),
+        ("xyz", r"specimen 'xyz' is not known; expected one of arithmetic, backcopy, "),
         ("planted@3", r"written by hand and has no checkpoints; leave out '@3'"),
     ],
 )
