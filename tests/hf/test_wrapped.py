@@ -11,6 +11,7 @@ from tests.zoo import FAMILIES
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
+import headwise as hw
 from headwise.attend.addresses import Head
 from headwise.attend.edits import Ablate, BiasGroup, ScaleGroup
 from headwise.attend.groups import first_token, recent
@@ -203,11 +204,17 @@ def test_adapted_models_generate_and_are_scanned():
     model = adapted("llama", ["q_proj", "o_proj"])
     inputs = FAMILIES["llama"].inputs(model.get_base_model(), padding="left")
     assert frugal(model) == {"use_cache": False, "logits_to_keep": 1}
+    text = torch.arange(8, 48).view(2, 20)
+    found = hw.scan(model, text=text)
     with steer(model, *EDITS):
         made = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     model.merge_adapter()
     with steer(model, *EDITS):
         assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), made)
+    merged = hw.scan(model, text=text)
+    assert {"sink", "contribution", "induction-repeat"} <= set(found.probes) == set(merged.probes)
+    for name in found.probes:
+        close(merged.tensor(name), found.tensor(name), 1e-4)
     model.unmerge_adapter()
     assert not torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), made)
 
