@@ -210,11 +210,8 @@ PAPER = Paper(
         ),
         Claim(
             id="rank-three",
-            kind="claim",
-            claim=(
-                "[For normal multiple-choice question answers, we significantly compress the query and key subspaces "
-                "of the head without loss of performance when operating on the answer labels]"
-            ),
+            kind="check",
+            claim="Four labels need three directions, and one is too few.",
             paper_figure="four labels span three centred dimensions, which suffice (recalled)",
             criterion=(
                 "standard labels: queries and keys of the correct letter heads on 3 directions keep at least 90 % of "
@@ -228,8 +225,8 @@ PAPER = Paper(
         ),
         Claim(
             id="mutations",
-            kind="claim",
-            claim="[the heads' behaviour on] a more general distribution including randomized answer labels",
+            kind="check",
+            claim="The head follows the text, whatever its label is called.",
             paper_figure="random letters, digits, other orders (recalled)",
             criterion=(
                 "the best head's mass on the right label is at least 3 times that on each wrong one with the letters "
