@@ -3,9 +3,13 @@
 Exit codes: 0 done, 1 a claim or check failed, 2 the input was wrong (one line on stderr), 130 interrupted.
 """
 
+import _thread
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -17,6 +21,8 @@ from headwise.commands.common import Json, output, silence
 from headwise.errors import HeadwiseError, InputError
 
 __all__ = ["app", "main", "run"]
+
+_INTERRUPTED = threading.Event()
 
 
 class _Group(TyperGroup):
@@ -94,10 +100,27 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(text: str, code: int) -> int:
+    if _INTERRUPTED.is_set():  # whatever a library made of the exception
+        text, code = "interrupted", 130
     print(f"headwise: {' '.join(text.split())}", file=sys.stderr, flush=True)
     return code
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C, put off while a module is being imported or an object destroyed.
+
+    There the exception is taken for a missing module, dropped, or ends the process from C++.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>" or frame.f_code.co_name == "__del__":
+            threading.Timer(0.05, _thread.interrupt_main).start()
+            return
+        frame = frame.f_back
+    _INTERRUPTED.set()
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """The console script."""
+    signal.signal(signal.SIGINT, _interrupt)
     sys.exit(run())
