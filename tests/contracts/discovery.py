@@ -44,6 +44,8 @@ SMALL: dict[str, Any] = {
     "iterations": 2,
     "image_size": 16,
     "patch_size": 4,
+    "num_tokens": 16,
+    "grid_size": (4, 4),
 }
 
 

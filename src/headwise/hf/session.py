@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headwise.attend.addresses import Head, select_heads
+from headwise.attend.addresses import Head, Layout, select_heads
 from headwise.attend.call import Call
 from headwise.attend.edit import Edit, OutputEdit
 from headwise.attend.machine import BoundEdit, attend
+from headwise.attend.point import PointVisit, head_points, point_layout
 from headwise.attend.read import Probe, Reading
 from headwise.attend.step import Step
 from headwise.errors import UnsupportedModel
@@ -33,7 +34,7 @@ __all__ = ["Handle", "attach", "probe", "steer"]
 
 Scores = Callable[[str], dict[Head, float | None]]
 
-_sessions: "weakref.WeakKeyDictionary[nn.Module, Session]" = weakref.WeakKeyDictionary()
+_sessions: "weakref.WeakKeyDictionary[nn.Module, Session | PointSession]" = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -47,7 +48,7 @@ class _Context:
 class Handle:
     """What `attach` returns: `remove()` undoes it, once."""
 
-    def __init__(self, session: "Session", context: _Context):
+    def __init__(self, session: "Session | PointSession", context: _Context):
         self._session, self._context = session, context
 
     def remove(self) -> None:
@@ -61,14 +62,16 @@ def attach(model: nn.Module, *edits: Edit | Probe, scores: Scores | None = None)
     """Attach edits and probes to a model until `handle.remove()`.
 
     scores: gives the scores of a probe by name, for selections such as "top:sink:20".
-    Raises UnsupportedModel for a model that cannot be steered, ValueError for heads that it does not have, RuntimeError
-    when another thread has its own edits on this model.
+    A network built from headwise's own mechanisms is any module with `attend.HeadPoint`s in it. Raises UnsupportedModel
+    for a model that cannot be steered, ValueError for heads that it does not have, RuntimeError when another thread has
+    its own edits on this model.
     """
-    inner = unwrap(model)  # a model and what wraps it are one: they share their attention modules
+    points = bool(head_points(model))
+    inner = model if points else unwrap(model)  # a model and what wraps it share their attention modules
     with dispatch.LOCK:
         session = _sessions.get(inner)
         if session is None:
-            session = Session(inner)
+            session = PointSession(inner) if points else Session(inner)
         context = session.bind(edits, scores)
         session.open(context)
     return Handle(session, context)
@@ -98,6 +101,56 @@ def probe(model: nn.Module, *probes: Probe) -> Iterator[tuple[Probe, ...]]:
         handle.remove()
 
 
+def _bind(items: Sequence[Edit | Probe], layout: Layout, scores: Scores | None) -> _Context:
+    """Resolve the heads of edits. Nothing has changed if it raises."""
+    edits, probes = [], []
+    for item in items:
+        if isinstance(item, Probe):
+            probes.append(item)
+            continue
+        if not isinstance(item, Edit):
+            raise TypeError(f"steer: {item!r} is {type(item).__name__}; give edits (headwise.steering, .attend)")
+        for edit in item.primitives():
+            if edit.neutral:
+                continue
+            heads: dict[tuple[str, int], list[int]] = {}
+            for head in select_heads(edit.heads, layout, scores=scores):
+                heads.setdefault((head.tower, head.layer), []).append(head.head)
+            edits.append(BoundEdit(edit, {place: sorted(named) for place, named in heads.items()}))
+    return _Context(edits, probes)
+
+
+class PointSession:
+    """Everything attached to a network of headwise's own mechanisms, through its `HeadPoint`s."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.points = model, head_points(model)
+        self.layout = point_layout(self.points)
+        self.contexts: list[_Context] = []
+
+    def bind(self, items: Sequence[Edit | Probe], scores: Scores | None) -> _Context:
+        return _bind(items, self.layout, scores)
+
+    def open(self, context: _Context) -> None:
+        self.contexts.append(context)
+        self._show()
+
+    def close(self, context: _Context) -> None:
+        with dispatch.LOCK:
+            self.contexts = [c for c in self.contexts if c is not context]
+            self._show()
+
+    def _show(self) -> None:
+        edits = [bound for context in self.contexts for bound in context.edits]
+        probes = [probe for context in self.contexts for probe in context.probes]
+        for layer, point in enumerate(self.points):
+            point.visit = PointVisit(layer, edits, probes) if self.contexts else None
+        if self.contexts:
+            _sessions[self.model] = self
+        else:
+            _sessions.pop(self.model, None)
+
+
 class Session:
     """Everything attached to one model."""
 
@@ -118,22 +171,7 @@ class Session:
     # Opening and closing
 
     def bind(self, items: Sequence[Edit | Probe], scores: Scores | None) -> _Context:
-        """Resolve the heads of edits. Nothing has changed if it raises."""
-        edits, probes = [], []
-        for item in items:
-            if isinstance(item, Probe):
-                probes.append(item)
-                continue
-            if not isinstance(item, Edit):
-                raise TypeError(f"steer: {item!r} is {type(item).__name__}; give edits (headwise.steering, .attend)")
-            for edit in item.primitives():
-                if edit.neutral:
-                    continue
-                heads: dict[tuple[str, int], list[int]] = {}
-                for head in select_heads(edit.heads, self.layout, scores=scores):
-                    heads.setdefault((head.tower, head.layer), []).append(head.head)
-                edits.append(BoundEdit(edit, {place: sorted(named) for place, named in heads.items()}))
-        return _Context(edits, probes)
+        return _bind(items, self.layout, scores)
 
     def open(self, context: _Context) -> None:
         thread = threading.get_ident()
