@@ -99,7 +99,7 @@ class SmallViT(PreTrainedModel):
 
     config_class = SmallViTConfig
     main_input_name = "pixel_values"
-    input_modalities = ["image"]
+    input_modalities = "image"
 
     def __init__(self, config: SmallViTConfig) -> None:
         super().__init__(config)
