@@ -6,6 +6,7 @@ for of the token grid (`grid_size`, `num_tokens`), then `attention_options`.
 """
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,17 +29,26 @@ class SmallViTConfig(PreTrainedConfig):
 
     model_type = "headwise-small-vit"
 
-    image_size: int | list[int] | tuple[int, int] = 8
-    patch_size: int | list[int] | tuple[int, int] = 2
-    num_channels: int = 1
-    hidden_size: int = 32
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 8
-    mlp_ratio: float = 2.0
-    num_labels: int = 10
-    dropout: float = 0.0
-    attention: str | list[str] = "SoftmaxAttention"
-    attention_options: dict[str, Any] | None = None
+    def __init__(
+        self,
+        image_size: int | Sequence[int] = 8,
+        patch_size: int | Sequence[int] = 2,
+        num_channels: int = 1,
+        hidden_size: int = 32,
+        num_hidden_layers: int = 2,
+        num_attention_heads: int = 8,
+        mlp_ratio: float = 2.0,
+        num_labels: int = 10,
+        dropout: float = 0.0,
+        attention: str | Sequence[str] = "SoftmaxAttention",
+        attention_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_labels=num_labels, **kwargs)
+        self.image_size, self.patch_size, self.num_channels = image_size, patch_size, num_channels
+        self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
+        self.num_attention_heads, self.mlp_ratio, self.dropout = num_attention_heads, mlp_ratio, dropout
+        self.attention, self.attention_options = attention, attention_options or {}
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -75,7 +85,7 @@ def _attention(config: SmallViTConfig, layer: int) -> nn.Module:
         "num_tokens": rows * columns,
     }
     wanted = inspect.signature(cls).parameters
-    given = {key: value for key, value in known.items() if key in wanted} | (config.attention_options or {})
+    given = {key: value for key, value in known.items() if key in wanted} | config.attention_options
     return cls(**given)
 
 
@@ -98,6 +108,7 @@ class SmallViT(PreTrainedModel):
     """Image classifier `[b c h w]` -> logits `[b n]`; heads can be probed and edited where the mechanism has heads."""
 
     config_class = SmallViTConfig
+    config: Any
     main_input_name = "pixel_values"
     input_modalities = "image"
 
