@@ -23,7 +23,7 @@ __all__ = ["SmallViT", "SmallViTConfig"]
 class SmallViTConfig(PreTrainedConfig):
     """Sizes of a `SmallViT`. The defaults are the digits' (8 x 8 pixels, 16 tokens).
 
-    image_size, patch_size: pixels, or (height, width). attention: a class of `headwise.attention`, or a list of them,
+    num_labels: classes, 10 unless given. image_size, patch_size: pixels, or (height, width). attention: a class of `headwise.attention`, or a list of them,
     one for each layer. attention_options: further arguments of the class. mlp_ratio: width of the MLP over hidden_size.
     """
 
@@ -38,13 +38,14 @@ class SmallViTConfig(PreTrainedConfig):
         num_hidden_layers: int = 2,
         num_attention_heads: int = 8,
         mlp_ratio: float = 2.0,
-        num_labels: int = 10,
         dropout: float = 0.0,
         attention: str | Sequence[str] = "SoftmaxAttention",
         attention_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_labels=num_labels, **kwargs)
+        if kwargs.get("id2label") is None:  # a saved config has the classes by name
+            kwargs.setdefault("num_labels", 10)
+        super().__init__(**kwargs)
         self.image_size, self.patch_size, self.num_channels = image_size, patch_size, num_channels
         self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
         self.num_attention_heads, self.mlp_ratio, self.dropout = num_attention_heads, mlp_ratio, dropout
@@ -115,12 +116,13 @@ class SmallViT(PreTrainedModel):
     def __init__(self, config: SmallViTConfig) -> None:
         super().__init__(config)
         rows, columns = config.grid_size
+        labels: Any = config.num_labels
         patch = _pair(config.patch_size)
         self.patch_embed = nn.Conv2d(config.num_channels, config.hidden_size, patch, patch)
         self.pos_embed = nn.Parameter(torch.zeros(1, rows * columns, config.hidden_size))
         self.blocks = nn.ModuleList(_Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size)
-        self.head = nn.Linear(config.hidden_size, config.num_labels)
+        self.head = nn.Linear(config.hidden_size, labels)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
