@@ -23,8 +23,9 @@ __all__ = ["SmallViT", "SmallViTConfig"]
 class SmallViTConfig(PreTrainedConfig):
     """Sizes of a `SmallViT`. The defaults are the digits' (8 x 8 pixels, 16 tokens).
 
-    num_labels: classes, 10 unless given. image_size, patch_size: pixels, or (height, width). attention: a class of `headwise.attention`, or a list of them,
-    one for each layer. attention_options: further arguments of the class. mlp_ratio: width of the MLP over hidden_size.
+    num_labels: classes, 10 unless given. image_size, patch_size: pixels, or (height, width). attention: a class of
+    `headwise.attention`, or a list of them, one for each layer. attention_options: further arguments of the class.
+    mlp_ratio: width of the MLP over hidden_size.
     """
 
     model_type = "headwise-small-vit"
