@@ -5,20 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from headwise.papers import _active_dormant_rows as rows
 from headwise.papers import active_dormant_heads as paper
-from headwise.papers._active_dormant_setup import Toy
 from headwise.papers.record import find_paper
 from headwise.papers.running import Run
 
 
 @pytest.fixture
-def toy(tmp_path: Path) -> Toy:
-    return Toy(Run(find_paper("active-dormant-heads"), 0, "cpu", tmp_path, say=lambda text: None))
+def toy(tmp_path: Path) -> "paper._Toy":
+    return paper._Toy(Run(find_paper("active-dormant-heads"), 0, "cpu", tmp_path, say=lambda text: None))
 
 
 def test_the_generated_text_copies_after_every_trigger(toy):
-    row = rows.generated(toy)
+    row = paper._generator(toy)
     assert row.holds and row.measured.startswith("1.0000 of")
 
 
@@ -53,6 +51,6 @@ def test_checkpoints_are_kept_of_the_unchanged_model_only(toy):
 @pytest.mark.slow
 def test_the_whole_run_gives_every_row(tmp_path: Path):
     run = Run(find_paper("active-dormant-heads"), 0, "cpu", tmp_path)
-    found = paper.reproduce(run)
-    assert set(found) == {claim.id for claim in find_paper("active-dormant-heads").claims if claim.kind != "untestable"}
+    rows = paper.reproduce(run)
+    assert set(rows) == {claim.id for claim in find_paper("active-dormant-heads").claims if claim.kind != "untestable"}
     assert run.figures[0].exists()
