@@ -35,7 +35,7 @@ def study(run) -> setup.Study:
 def few(monkeypatch):
     monkeypatch.setattr(setup, "PROMPTS", 64)
     monkeypatch.setattr(setup, "DRAWS", 2)
-    monkeypatch.setattr(setup, "RANKS", (0, 3, 16))
+    monkeypatch.setattr(setup, "RANKS", (0, 1, 3, 16))
 
 
 def test_every_row_of_the_record_is_measured_or_untestable():
