@@ -118,8 +118,11 @@ def machine() -> dict:
 
 
 def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("headwise", "torch", "transformers", "transformer-lens", "nnsight"):
+    import headwise
+
+    # Run from a source tree, it may be installed in no environment.
+    found: dict[str, str | None] = {"python": platform.python_version(), "headwise": headwise.__version__}
+    for package in ("torch", "transformers", "transformer-lens", "nnsight"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

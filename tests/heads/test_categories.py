@@ -91,6 +91,7 @@ EVEN, ONE = [0.1, 0.1, 0.1, 0.1], [0.02, 0.02, 0.02, 0.3]
         ({"by_index": EVEN, "right": 0.3, "wrong": 0.1, "missed": 2.9}, "none"),
         ({"by_index": [0.02] * 4, "right": 0.3, "wrong": 0.1}, "none"),
         ({"by_index": ONE, "right": 0.1, "wrong": 0.1}, "single letter"),
+        ({"by_index": ONE, "right": 0.3, "wrong": 0.02, "missed": 15.0}, "single letter"),
         ({"by_index": EVEN, "right": 0.1, "wrong": 0.1}, "uniform"),
         ({"by_index": [0.1, 0.1, 0.1, 0.25], "right": 0.1, "wrong": 0.1}, "none"),
         ({"on_text": 0.4, "on_right_text": 0.2}, "content gatherer"),
@@ -125,8 +126,15 @@ def test_a_model_that_never_answers_is_refused(model):
 def _never_first(prompts):
     return type(prompts)(**{
         **{name: getattr(prompts, name) for name in prompts.__dataclass_fields__},
-        "right": torch.full_like(prompts.right, 3),
+        "right": torch.arange(len(prompts)) % 3 + 1,
     })  # fmt: skip
+
+
+def test_prompts_with_one_right_option_are_refused(model):
+    """A head that always looks at the third label could not be told from one that finds the right one."""
+    third = choice_prompts(8, right=torch.full((8,), 2))[0]
+    with pytest.raises(ValueError, match="in all 8 prompts option 2 is right; ask for others"):
+        categorize_heads(model, third)
 
 
 def test_bad_thresholds_and_categories_are_refused(model):

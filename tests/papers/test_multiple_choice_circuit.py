@@ -10,6 +10,7 @@ from headwise.heads.knockout import live_heads
 from headwise.heads.patching import activation_patch, path_patch
 from headwise.hf.addresses import layout
 from headwise.papers import _choice_rows as rows
+from headwise.papers import _choice_setup as setup
 from headwise.papers.record import find_paper
 from headwise.papers.running import Run
 from headwise.specimens import planted_llama
@@ -23,18 +24,18 @@ def run(tmp_path_factory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def study(run) -> rows.Study:
+def study(run) -> setup.Study:
     """The shipped model, with a quarter of the questions."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "PROMPTS", 64)
-        return rows.Study.of(run)
+        patch.setattr(setup, "PROMPTS", 64)
+        return setup.Study.of(run)
 
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
-    monkeypatch.setattr(rows, "PROMPTS", 64)
-    monkeypatch.setattr(rows, "DRAWS", 2)
-    monkeypatch.setattr(rows, "RANKS", (0, 3, 16))
+    monkeypatch.setattr(setup, "PROMPTS", 64)
+    monkeypatch.setattr(setup, "DRAWS", 2)
+    monkeypatch.setattr(setup, "RANKS", (0, 1, 3, 16))
 
 
 def test_every_row_of_the_record_is_measured_or_untestable():
@@ -66,6 +67,25 @@ def test_all_directions_change_nothing_and_none_leave_chance(study):
     assert study.projected("random", "qk", 16, by_index=True) == study.right(study.asked["random"].held)
 
 
+def test_directions_in_which_queries_and_keys_meet_keep_at_least_what_singular_vectors_keep(study):
+    meet = [study.reduced("standard", study.meeting("standard", rank)) for rank in (0, 3, 16)]
+    assert meet[0] == study.projected("standard", "qk", 0) and meet[2] == study.right(study.asked["standard"].held)
+    assert study.projected("standard", "qk", 3) <= meet[1] < 0.9
+    for space in study.meeting("standard", 3):
+        torch.testing.assert_close(space.basis.mT @ space.basis, torch.eye(3), atol=1e-5, rtol=0)
+
+
+def test_queries_tell_the_word_that_is_asked_and_not_its_index(study):
+    said = rows.rank_three(study).values
+    assert (
+        said["asked word: of the queries' variance"] > 0.9 > 0.1 > said["index of its option: of the queries' variance"]
+    )
+    kinds = torch.arange(60) % 3
+    assert rows._decided(torch.eye(3, dtype=torch.float64)[kinds] - 1 / 3, kinds) == pytest.approx(1)
+    noise = torch.randn(6000, 4, generator=torch.Generator().manual_seed(0))
+    assert abs(rows._decided(noise, torch.arange(6000) % 1500)) < 0.03
+
+
 def test_attention_among_labels_is_its_own_with_the_own_query_and_chance_when_the_index_is_moved(study):
     own = study.patterns("standard")
     torch.testing.assert_close(own, study.patterns("standard", torch.arange(64)))
@@ -77,11 +97,11 @@ def test_attention_among_labels_is_its_own_with_the_own_query_and_chance_when_th
 
 def test_direct_effects_add_up_and_nothing_is_lost_when_all_nodes_are_kept(study):
     effects = study.effects("random")
-    every = list(rows.nodes_of(effects, study.live))
-    assert rows.kept(effects, study.live, every) == pytest.approx(1, abs=1e-6)
-    both = rows.kept(effects, study.live, every[1:]) + rows.kept(effects, study.live, [every[0], *every[2:]])
-    assert rows.kept(effects, study.live, every[2:]) == pytest.approx(both - 1, abs=1e-5)
-    assert set(study.letters) <= set(rows.output_set(study, "random"))
+    every = list(setup.nodes_of(effects, study.live))
+    assert setup.kept(effects, study.live, every) == pytest.approx(1, abs=1e-6)
+    both = setup.kept(effects, study.live, every[1:]) + setup.kept(effects, study.live, [every[0], *every[2:]])
+    assert setup.kept(effects, study.live, every[2:]) == pytest.approx(both - 1, abs=1e-5)
+    assert set(study.letters) <= set(setup.output_set(study, "random"))
 
 
 def test_total_effect_of_the_last_heads_is_their_direct_effect_where_the_last_mlp_is_frozen(study):
@@ -104,7 +124,7 @@ def test_total_effect_of_the_last_heads_is_their_direct_effect_where_the_last_ml
 def test_rows_depend_on_which_heads_are_named(study):
     """With heads named that do something else the rows about the answering heads fail."""
     idle = [head for head in study.pool([2])][:2]
-    other = rows.Study(study.model, study.layout, 0, study.asked, study.heads, study.live, idle)
+    other = setup.Study(study.model, study.layout, 0, study.asked, study.heads, study.live, idle)
     assert not rows.ablation(other).holds and not rows.correct_letter(other).holds
     assert not rows.mutations(other).holds
 
@@ -120,7 +140,7 @@ def test_a_hand_built_model_has_one_correct_letter_head_whatever_the_labels(run)
     from headwise.specimens import planted
 
     model = planted.build(vocabulary=128, positions=64)
-    for labels in rows.LABELLINGS:
+    for labels in setup.LABELLINGS:
         asked = choice_prompts(16, labels=labels, right=torch.arange(16) % 4)[0]
         assert categorize_heads(model, asked).of("correct letter") == [planted.INDUCTION]
         assert planted.INDUCTION in live_heads(model, asked.input_ids)

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from headwise.specimens.registry import load_specimen, word_tokenizer
+from headwise.specimens.registry import WEIGHTS, word_tokenizer
 from headwise.tasks.arithmetic_prompts import TEMPLATES, arithmetic, arithmetic_batch, arithmetic_metrics
 from headwise.tasks.symbol_arithmetic import ArithmeticSymbols, answers_by_operator, arithmetic_episodes
 
@@ -60,7 +60,10 @@ def test_spans_without_a_tokenizer_are_characters():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_specimen("text").tokenizer
+    """The text model's, without the model."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(WEIGHTS / "text", local_files_only=True)
 
 
 @pytest.mark.parametrize("counterfactual", ["operator", "operands", "neutral"])
@@ -174,11 +177,15 @@ def test_refusals(given, message):
         arithmetic(4, **given)
 
 
-def test_a_tokenizer_that_never_gives_equal_lengths_is_told():
+def test_a_tokenizer_that_never_gives_equal_lengths_is_told(monkeypatch):
+    from headwise.tasks import arithmetic_prompts
+
+    assert arithmetic_prompts.TRIES >= 1000  # the same refusal after fewer draws
+    monkeypatch.setattr(arithmetic_prompts, "TRIES", 100)
     tokenizer = word_tokenizer(["<bos>", ".", *map(str, range(100)), "+", "="])
     made = arithmetic(4, "+", counterfactual="operands", templates="symbols", tokenizer=tokenizer)
     assert all(len(one.input_ids) == 5 for one in made if one.input_ids is not None)
-    with pytest.raises(ValueError, match=r"no pair of equal length and different answers in 2000 draws of template"):
+    with pytest.raises(ValueError, match=r"no pair of equal length and different answers in 100 draws of template"):
         # 100 and more are no words of it, and all unknown answers are one token.
         arithmetic(1, "*", digits=2, counterfactual="operands", templates="symbols", tokenizer=tokenizer)
 

@@ -119,14 +119,21 @@ def categorize_heads(
 ) -> ChoiceHeads:
     """Sort the heads of a decoder by what they look at where it answers.
 
-    Prompts should ask for every index about equally often. The first category whose bounds a head meets, in the order
-    of `CATEGORIES`, is its category.
+    Prompts should ask for every index about equally often. `single letter` is asked first, then the others in the order
+    of `CATEGORIES`: in a model that always says one letter, the head behind it looks at the right label wherever the
+    answer is right.
 
-    Raises ValueError where the model answers no prompt right, UnsupportedModel where logits cannot be attributed.
+    Raises ValueError where all prompts have one right option and where the model answers none of them right,
+    UnsupportedModel where logits cannot be attributed.
     """
     limits = CategoryThresholds() if thresholds is None else thresholds
     device = embedding_device(model)
     given = arguments(model, prompts.input_ids.to(device), prompts.real.to(device))
+    if len(prompts.right.unique()) < 2:
+        raise ValueError(
+            f"categorize_heads: in all {len(prompts)} prompts option {int(prompts.right[0])} is right; ask for others "
+            "as well, or heads that always look there pass for heads that find the right one"
+        )
     said = prompts.chosen(model(**given).logits[:, -1])
     correct = said == prompts.right
     if not bool(correct.any()):
@@ -193,10 +200,10 @@ def _category(found: ChoiceHeads, head: Head) -> str:
     share = found.by_index[:, *at] / max(on_labels, 1e-12)
     if on_labels >= limits.on_labels:
         follows = bool(found.missed[at].isnan()) or float(found.missed[at]) >= limits.ratio
-        if float(found.ratio()[at]) >= limits.ratio and follows:
-            return "correct letter"
         if float(share.max()) >= max(limits.single, 1.5 / n):
             return "single letter"
+        if float(found.ratio()[at]) >= limits.ratio and follows:
+            return "correct letter"
         if float(share.max()) <= limits.even * float(share.min()) and float(found.ratio()[at]) < limits.even:
             return "uniform"
     texts = float(found.on_text[at])

@@ -1,189 +1,26 @@
 """The rows of multiple_choice_circuit.py: what is measured, and the verdict that follows from the written criterion."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from itertools import combinations
 from random import Random
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from headwise.attend.addresses import Head, Layout
-from headwise.attend.edit import Edit
-from headwise.attend.edits import Ablate
-from headwise.attend.groups import positions
+from headwise.attend.addresses import Head
 from headwise.heads.attribution import logit_attribution
-from headwise.heads.categories import CategoryThresholds, ChoiceHeads, categorize_heads
-from headwise.heads.effects import Node, NodeEffects, centred_logit
-from headwise.heads.knockout import live_heads
+from headwise.heads.categories import CategoryThresholds, categorize_heads
 from headwise.heads.masses import group_mass
-from headwise.heads.patching import activation_patch, path_patch
-from headwise.heads.subspaces import Subspace, at_places, head_vectors, label_pattern, subspace
-from headwise.hf.addresses import layout
-from headwise.hf.maps import head_outputs
-from headwise.hf.session import steer
+from headwise.papers import _choice_setup as setup
+from headwise.papers._choice_setup import OPTIONS, Study, kept, nodes_of, output_set
 from headwise.papers.running import Run
 from headwise.papers.statistics import bootstrap_interval, mean
 from headwise.papers.verdicts import Measured
 from headwise.report.plots import bars, figure, head_matrix, lines
 from headwise.specimens.registry import load_specimen
-from headwise.tasks.choice_questions import ChoicePrompts, choice_prompts
-
-LABELLINGS = ("standard", "random", "permuted", "digits")
-PROMPTS, OPTIONS = 256, 4
-RANKS = (0, 1, 2, 3, 4, 8, 16)
-DRAWS = 20
-
-
-@dataclass
-class Questions:
-    """Questions of one labelling: those that heads and subspaces are found on, those that are held out, others to
-    take outputs from. The first two ask for the options in turn, the others for any."""
-
-    found: ChoicePrompts
-    held: ChoicePrompts
-    other: ChoicePrompts
-
-
-@dataclass
-class Study:
-    """The model, its questions, and its heads."""
-
-    model: nn.Module
-    layout: Layout
-    seed: int
-    asked: dict[str, Questions]
-    heads: dict[str, ChoiceHeads]
-    live: list[Head]
-    letters: list[Head]
-    _spaces: dict[tuple[str, str, bool], dict[Head, Subspace]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, run: Run) -> "Study":
-        """Prompts of the run's seed, and the correct letter heads on standard labels, by mass on the right label."""
-        model = load_specimen("choices").model.to(run.device)
-        generator = torch.Generator().manual_seed(1000 + run.seed)
-        right = torch.arange(PROMPTS) % OPTIONS
-
-        def draw(labels: str, right: Tensor | None) -> ChoicePrompts:
-            return choice_prompts(PROMPTS, labels=labels, right=right, generator=generator)[0]
-
-        asked = {
-            labels: Questions(draw(labels, right), draw(labels, right), draw(labels, None)) for labels in LABELLINGS
-        }
-        heads = {labels: categorize_heads(model, asked[labels].found) for labels in LABELLINGS}
-        for labels, found in heads.items():
-            run.log(f"{labels} labels: {found}".replace("\n", "; "))
-        live = live_heads(model, asked["standard"].found.input_ids)
-        letters = heads["standard"].of("correct letter")
-        if not letters:  # the rows then fail by what this head does
-            ratio = heads["standard"].right
-            letters = [max(live, key=lambda head: float(ratio[head.layer, head.head]))]
-        return cls(model, layout(model), run.seed, asked, heads, live, letters)
-
-    def pool(self, layers: Sequence[int]) -> list[Head]:
-        """Live heads of some layers that are not among the letter heads."""
-        return [head for head in self.live if head.layer in layers and head not in self.letters]
-
-    def says(self, prompts: ChoicePrompts, *edits: Edit) -> Float[Tensor, "b v"]:
-        """Logits of the answers under edits."""
-        device = next(self.model.parameters()).device
-        with torch.no_grad(), steer(self.model, *edits):
-            return self.model(**{name: x.to(device) for name, x in prompts.inputs().items()}).logits[:, -1].cpu()
-
-    def right(self, prompts: ChoicePrompts, *edits: Edit) -> float:
-        """Accuracy among the labels on offer."""
-        return prompts.accuracy(self.says(prompts, *edits))["labels"]
-
-    def without(self, heads: Sequence[Head], labels: str) -> float:
-        """The same with the outputs of heads taken from other questions."""
-        asked = self.asked[labels]
-        taken = head_outputs(self.model, asked.other.input_ids)
-        return self.right(asked.held, Ablate(list(heads), mode="resample", statistics=taken))
-
-    def spaces(self, labels: str, part: str, *, by_index: bool = False) -> dict[Head, Subspace]:
-        """All directions of one part of every letter head, strongest first, found on the first questions."""
-        if (labels, part, by_index) in self._spaces:
-            return self._spaces[labels, part, by_index]
-        asked = self.asked[labels].found
-        places = torch.full((len(asked), 1), -1) if part == "q" else asked.label_at
-        by = None
-        if by_index:
-            by = asked.right[:, None] if part == "q" else torch.arange(OPTIONS).expand(len(asked), -1)
-        size = int(self.model.config.head_dim)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-        found = {
-            head: subspace(self.model, head, part, asked.input_ids, places, rank=size, by=by)  # pyright: ignore[reportArgumentType]
-            for head in self.letters
-        }
-        self._spaces[labels, part, by_index] = found
-        return found
-
-    def projected(
-        self, labels: str, parts: str, rank: int, *, by_index: bool = False, random: int | None = None
-    ) -> float:
-        """Accuracy on held-out questions with parts of the letter heads reduced to so many directions."""
-        prompts = self.asked[labels].held
-        last = torch.zeros_like(prompts.real)
-        last[:, -1] = True
-        at = {"q": positions(last), "k": positions(prompts.groups()["labels"])}
-        generator = None if random is None else torch.Generator().manual_seed(random)
-        edits = []
-        for part in parts:
-            for space in self.spaces(labels, part, by_index=by_index).values():
-                kept = space.truncated(rank)
-                kept = kept if generator is None else kept.random(generator)
-                edits.append(kept.edit(at["q" if part == "q" else "k"]))
-        return self.right(prompts, *edits)
-
-    def patterns(self, labels: str, order: Int[Tensor, " b"] | None = None) -> Float[Tensor, " b"]:
-        """Mass on the right label among the labels alone, mean over the letter heads; each query from prompt
-        `order[i]`."""
-        prompts, total = self.asked[labels].held, torch.zeros(PROMPTS)
-        order = torch.arange(PROMPTS) if order is None else order
-        for head in self.letters:
-            found = head_vectors(self.model, prompts.input_ids, head)
-            q, k = found["q"][:, -1][order], at_places(found["k"], prompts.label_at)
-            total += label_pattern(q, k).gather(1, prompts.right[:, None].to(q.device))[:, 0].cpu()
-        return total / len(self.letters)
-
-    def same_index(self, shift: int = 1) -> Int[Tensor, " b"]:
-        """For every prompt another whose right option has the same index (prompts go round the options in turn)."""
-        return (torch.arange(PROMPTS) + OPTIONS * shift) % PROMPTS
-
-    def effects(self, labels: str, kind: str = "direct", held: bool = False) -> NodeEffects:
-        """Of every live node, resampled from another question at the last token."""
-        asked = self.asked[labels]
-        clean = asked.held if held else asked.found
-        metric = centred_logit(clean.answers, clean.labels)
-        nodes: list[Node] = [*self.live, *(f"mlp:{layer}" for layer in range(self.layout.main.layers))]
-        if kind == "total":
-            return activation_patch(self.model, clean.input_ids, asked.other.input_ids, metric, nodes=nodes)
-        return path_patch(
-            self.model, clean.input_ids, asked.other.input_ids, metric, senders=nodes, freeze=("heads", "mlps", "norm")
-        )
-
-
-def nodes_of(effects: NodeEffects, live: Sequence[Head]) -> dict[Node, Float[Tensor, " b"]]:
-    """Node -> its effect on every prompt."""
-    assert effects.mlps is not None
-    table: dict[Node, Tensor] = {head: effects.heads[:, head.layer, head.head] for head in live}
-    return table | {f"mlp:{layer}": effects.mlps[:, layer] for layer in range(effects.mlps.shape[1])}
-
-
-def kept(effects: NodeEffects, live: Sequence[Head], inside: Sequence[Node]) -> float:
-    """Share of the metric that is left when all other nodes' direct paths are resampled: with the norm frozen, effects
-    add up."""
-    lost = sum(value for node, value in nodes_of(effects, live).items() if node not in set(inside))
-    return float((effects.clean + lost).mean() / effects.clean.mean())
-
-
-def output_set(study: Study, labels: str) -> list[Node]:
-    """A quarter of the live nodes: those with the largest direct effects on the questions that heads are found on."""
-    found = nodes_of(study.effects(labels), study.live)
-    size = len(found) // 4
-    return sorted(found, key=lambda node: -float(found[node].mean().abs()))[:size]
+from headwise.tasks.choice_questions import choice_prompts
 
 
 def output_nodes(study: Study) -> Measured:
@@ -233,7 +70,7 @@ def mixed(study: Study) -> Measured:
         for part in "qkv":
             share[f"{labels} {part}"] = study.projected(labels, part, 3) / whole
             control[f"{labels} {part}"] = mean(
-                [study.projected(labels, part, 3, random=study.seed + i) / whole for i in range(DRAWS)]
+                [study.projected(labels, part, 3, random=study.seed + i) / whole for i in range(setup.DRAWS)]
             )
     works = max(share[f"standard {part}"] for part in "qkv") - 0.95
     fails = 0.95 - min(share[f"random {part}"] for part in "qkv") - 1e-9  # "less than" leaves out the bound
@@ -247,11 +84,19 @@ def mixed(study: Study) -> Measured:
 def compress(study: Study) -> Measured:
     prompts = study.asked["standard"].held
     whole, left = study.right(prompts), study.projected("standard", "qkv", 3)
-    drawn = [study.projected("standard", "qkv", 3, random=study.seed + i) for i in range(DRAWS)]
-    ranks = {rank: study.projected("standard", "qkv", rank) for rank in RANKS}
+    drawn = [study.projected("standard", "qkv", 3, random=study.seed + i) for i in range(setup.DRAWS)]
+    ranks = {rank: study.projected("standard", "qkv", rank) for rank in setup.RANKS}
+    loss = {
+        "whole": study.right(prompts, figure="loss"),
+        "with 3 directions": study.projected("standard", "qkv", 3, figure="loss"),
+    }
     return _row(
         min(left / whole - 0.95, left - mean(drawn) - 0.1),
-        {"{:.1%} right": {"all": whole}, "{:.1%} with 3 directions of queries, keys and values": {"all": left}},
+        {
+            "{:.1%} right": {"all": whole},
+            "{:.1%} with 3 directions of queries, keys and values": {"all": left},
+            "{:.3f} nats among the labels": loss,
+        },
         {"{:.1%} with random ones": {"all": mean(drawn)}},
         note="by rank: " + ", ".join(f"{rank}: {value:.0%}" for rank, value in ranks.items()),
     )
@@ -259,7 +104,7 @@ def compress(study: Study) -> Measured:
 
 def nth_item(study: Study) -> Measured:
     own, index = study.patterns("standard"), study.patterns("standard", study.same_index())
-    other = study.patterns("standard", (torch.arange(PROMPTS) + 1) % PROMPTS)
+    other = study.patterns("standard", (torch.arange(setup.PROMPTS) + 1) % setup.PROMPTS)
     low, high = bootstrap_interval((index - 1 / OPTIONS).tolist(), seed=study.seed)
     return _row(
         float(index.mean()) - 1 / OPTIONS - 0.05,
@@ -290,7 +135,7 @@ def partial(study: Study) -> Measured:
 def more(study: Study) -> Measured:
     whole = study.right(study.asked["random"].held)
     index = study.projected("random", "qk", 3, by_index=True)
-    every = study.projected("random", "qk", RANKS[-1], by_index=True)
+    every = study.projected("random", "qk", setup.RANKS[-1], by_index=True)
     return _row(
         whole - index - 0.1,
         {"{:.1%} right": {"random": whole}, "{:.1%} with what the index decides": {"random": index}},
@@ -304,9 +149,9 @@ def able(study: Study) -> Measured:
         for labels, asked in study.asked.items()
         if labels in ("standard", "random")
     }
-    base, _ = choice_prompts(PROMPTS, labels="random", generator=torch.Generator().manual_seed(study.seed))
+    base, _ = choice_prompts(setup.PROMPTS, labels="random", generator=torch.Generator().manual_seed(study.seed))
     blank, _ = choice_prompts(
-        PROMPTS, labels="random", without_text=True, generator=torch.Generator().manual_seed(study.seed)
+        setup.PROMPTS, labels="random", without_text=True, generator=torch.Generator().manual_seed(study.seed)
     )
     old = load_specimen("tasks").model
     with torch.no_grad():
@@ -382,30 +227,54 @@ def ablation(study: Study) -> Measured:
 
 
 def rank_three(study: Study) -> Measured:
+    """The projection is the paper's: singular vectors of centred queries and of keys less their prompt's mean, found on
+    other prompts, around the mean. What it can keep at all is told by the directions in which queries and keys meet;
+    what queries say, by how much of their variance the asked word and the index of its option account for."""
     whole = study.right(study.asked["standard"].held)
-    share = {f"rank {rank}": study.projected("standard", "qk", rank) / whole for rank in RANKS}
-    control = {
-        f"rank {rank}": mean([study.projected("standard", "qk", rank, random=study.seed + i) for i in range(DRAWS)])
+    share = {f"rank {rank}": study.projected("standard", "qk", rank) / whole for rank in setup.RANKS}
+    chance = {
+        f"rank {rank}": mean(
+            [study.projected("standard", "qk", rank, random=study.seed + i) for i in range(setup.DRAWS)]
+        )
         / whole
         for rank in (1, 3)
     }
+    meet = {f"rank {rank}": study.reduced("standard", study.meeting("standard", rank)) / whole for rank in (1, 3)}
+    found = study.asked["standard"].found
+    asked = found.input_ids.gather(1, found.question[:, :1])[:, 0]
+    queries = [study.vectors("standard", head)[0] for head in study.letters]
+    said = {
+        "asked word": mean([_decided(q, asked) for q in queries]),
+        "index of its option": mean([_decided(q, found.right) for q in queries]),
+    }
     return _row(
         min(share["rank 3"] - 0.9, 0.9 - share["rank 1"] - 1e-9),
-        {"{:.0%} of the accuracy": share},
-        {"{:.0%} with random directions": control},
+        {"{:.0%} of the accuracy": share, "{:.0%} of the queries' variance": said},
+        {"{:.0%} with random directions": chance, "{:.0%} with those in which queries and keys meet": meet},
     )
 
 
+def _decided(vectors: Float[Tensor, "b d"], kinds: Int[Tensor, " b"]) -> float:
+    """Share of the variance of centred vectors that is between kinds, less what as many kinds take by chance."""
+    means = torch.zeros_like(vectors)
+    for kind in kinds.unique():
+        means[kinds == kind] = vectors[kinds == kind].mean(0)
+    between, free = float(means.square().sum() / vectors.square().sum()), len(kinds.unique()) - 1
+    return 1 - (1 - between) * (len(vectors) - 1) / (len(vectors) - 1 - free)
+
+
 def mutations(study: Study) -> Measured:
+    """Why digits fail: the head of layer 0 that notes at every label the text before it does not do so at a digit
+    (0.09 of its weight where letters get 0.48), so that the keys of digits hold no text."""
     best = study.letters[0]
     ratio, right = {}, {}
     for labels in ("permuted", "random", "digits"):
         ratio[labels] = float(study.heads[labels].ratio()[best.layer, best.head])
         right[labels] = study.right(study.asked[labels].held)
     blank, _ = choice_prompts(
-        PROMPTS,
+        setup.PROMPTS,
         without_text=True,
-        right=torch.arange(PROMPTS) % OPTIONS,
+        right=torch.arange(setup.PROMPTS) % OPTIONS,
         generator=torch.Generator().manual_seed(study.seed),
     )
     masses = group_mass(study.model, blank.input_ids, blank.groups(), heads=[best])
@@ -470,12 +339,19 @@ def draw(run: Run, study: Study) -> None:
         }
         bars(looks, list(study.heads), sets, y="mass, mean of framed heads", title="Where correct letter heads look")
         series: dict[str, Any] = {
-            f"{name} of {labels}": [study.projected(labels, parts, rank) for rank in RANKS]
+            f"{name} of {labels}": [study.projected(labels, parts, rank) for rank in setup.RANKS]
             for labels in ("standard", "random")
             for name, parts in (("queries and keys", "qk"), ("values", "v"))
         }
         looks.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, fontsize=8)
-        lines(ranks, RANKS, series, x="directions of 16", y="accuracy among labels", title="What few directions keep")
+        lines(
+            ranks,
+            setup.RANKS,
+            series,
+            x="directions of 16",
+            y="accuracy among labels",
+            title="What few directions keep",
+        )
         ranks.axhline(1 / OPTIONS, color="#a9aeb4", linewidth=1)
         ranks.legend(loc="lower right", fontsize=8, bbox_to_anchor=(1, 0.06))
     run.figures.append(path)

@@ -21,6 +21,11 @@ PAPER = Paper(
     area="heads",
     modules=(
         "headwise.heads.finetuning",
+        "headwise.heads.patching",
+        "headwise.heads._patch_runs",
+        "headwise.heads.effects",
+        "headwise.heads.attribution",
+        "headwise.heads.masses",
         "headwise.hf.parameter_slices",
         "headwise.tasks.symbol_arithmetic",
         "headwise.papers._arithmetic_setup",

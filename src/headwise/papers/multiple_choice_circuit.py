@@ -22,7 +22,13 @@ PAPER = Paper(
     modules=(
         "headwise.heads.categories",
         "headwise.heads.subspaces",
+        "headwise.heads.attribution",
+        "headwise.heads.masses",
+        "headwise.heads.patching",
+        "headwise.heads._patch_runs",
+        "headwise.heads.effects",
         "headwise.tasks.choice_questions",
+        "headwise.papers._choice_setup",
         "headwise.papers._choice_rows",
     ),
     specimens=("choices", "tasks", "planted", "planted_llama"),
@@ -219,8 +225,8 @@ PAPER = Paper(
             ),
             control="as many random directions",
             known=(
-                "as for `compress`: the word and not the index of the option is matched, and words take about 8 "
-                "directions"
+                "as for `compress`: the asked word and not the index of its option decides over the queries, and words "
+                "take about 8 directions; the three in which queries and keys meet keep only half as well"
             ),
         ),
         Claim(
@@ -234,8 +240,8 @@ PAPER = Paper(
             ),
             control="with the texts taken out, the ratio",
             known=(
-                "other orders and random letters, yes (37 to 98 times); digits never stood for labels in training, "
-                "and there the heads no longer look at the right one"
+                "other orders and random letters, yes; digits never stood for labels in training, where they belong to "
+                "sums, and no head notes at a digit which text stands before it"
             ),
         ),
     ),
@@ -245,8 +251,9 @@ PAPER = Paper(
 def reproduce(run: "Run") -> dict[str, "Measured"]:
     """Ask the shipped model multiple-choice questions; find, sort, remove and project the heads that answer."""
     from headwise.papers import _choice_rows as rows
+    from headwise.papers._choice_setup import Study
 
-    study = rows.Study.of(run)
+    study = Study.of(run)
     rows.draw(run, study)
     return {
         "output-nodes": rows.output_nodes(study),

@@ -7,6 +7,11 @@ What made it learn, where multiple choice from nothing stays at chance for 4,000
 retrieves needles; questions end in the asked word, so that induction answers; some have words for labels, which the
 model can already copy. As in `tasks`, one head a layer is dead, and in most questions only the heads of `COPYING`
 speak, so that the other live heads of their layers are controls.
+
+What it leaves out, from trials of 200 to 700 steps: with the label before its text, questions at the end are learned as
+fast, but by looking at the text, where the label was noted in passing; no head looks at labels. Where texts may not see
+labels in training, and where the question comes first, nothing is learned in that time. Repeats of digits, and labels
+of every other kind, do not carry over to digits as labels.
 """
 
 from collections.abc import Callable

@@ -323,23 +323,24 @@ def _coded(tokenizer: Any, text: str, answer: str) -> tuple[Tensor, Tensor, list
             f"arithmetic: the tokenizer ({type(tokenizer).__name__}) gives no offsets, so spans are unknown; use its "
             "fast version"
         )
-    end = getattr(tokenizer, "eos_token_id", None)
-
-    def plain(text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        made = tokenizer(text, return_offsets_mapping=True)
-        ids, offsets = list(made["input_ids"]), [(int(a), int(b)) for a, b in made["offset_mapping"]]
-        return (ids[:-1], offsets[:-1]) if len(ids) > 1 and ids[-1] == end else (ids, offsets)
-
-    ids, offsets = plain(text)
+    ids, offsets = _open_ended(tokenizer, text)
     # Some tokenizers write the space before a number as a token of its own: it predicts the number, so it is given.
     # Found on a digit, so that a counterfactual without an answer gets it too.
-    spaced, places = plain(f"{text} 7")
+    spaced, places = _open_ended(tokenizer, f"{text} 7")
     if len(spaced) > len(ids) + 1 and spaced[: len(ids)] == ids and places[len(ids)][1] <= len(text) + 1:
         ids, offsets = spaced[: len(ids) + 1], places[: len(ids) + 1]
-    both, _ = plain(text + answer)
+    both, _ = _open_ended(tokenizer, text + answer)
     if answer and (both[: len(ids)] != ids or len(both) == len(ids)):
         return None
     return torch.tensor(ids), torch.tensor(both[len(ids) :] if answer else [], dtype=torch.long), offsets
+
+
+def _open_ended(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Tokens and offsets without the end that some tokenizers put behind."""
+    made = tokenizer(text, return_offsets_mapping=True)
+    ids, offsets = list(made["input_ids"]), [(int(a), int(b)) for a, b in made["offset_mapping"]]
+    ended = len(ids) > 1 and ids[-1] == getattr(tokenizer, "eos_token_id", None)
+    return (ids[:-1], offsets[:-1]) if ended else (ids, offsets)
 
 
 def _tokens(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
