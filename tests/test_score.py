@@ -1,4 +1,4 @@
-"""The scoring job: killed and taken up again, malformed records, memory, formats; and keeping the best."""
+"""The scoring job: killed and taken up again, malformed records, memory, formats; and keeping its best."""
 
 import hashlib
 import json
@@ -346,22 +346,9 @@ def test_select_keeps_the_best_of_each_domain(corpus, model, tmp_path, capsys):
     assert [int(one["id"][1:]) for one in kept] == sorted(int(one["id"][1:]) for one in kept), "order of the corpus"
     assert all(set(one) == {"id", "domain", "text", "attention_influence"} for one in kept)
     assert run(arguments) == 0 and json.loads((tmp_path / "kept.jsonl").read_text().splitlines()[0])["number"] >= 0
-
-
-def test_select_refuses_what_does_not_match(corpus, model, tmp_path, capsys, monkeypatch):
-    score(corpus, model, tmp_path / "o.jsonl")
-    out = ["--out", str(tmp_path / "k.jsonl")]
     other = write_corpus(tmp_path / "other.jsonl", 10, seed=9)
-    for arguments, said in [
-        ([str(tmp_path / "no.jsonl"), *out], "holds no scores"),
-        ([str(tmp_path / "o.jsonl"), *out, "--fraction", "0"], "fraction: 0"),
-        ([str(tmp_path / "o.jsonl"), *out, "--corpus", str(other)], "is not what"),
-        ([str(tmp_path / "o.jsonl"), "--out", str(tmp_path / "k.csv")], "must end in .jsonl"),
-        ([str(corpus), *out], "a row has no score"),
-    ]:
-        assert run(["select", *arguments]) == 2
-        assert said in capsys.readouterr().err
-    assert not (tmp_path / "k.jsonl").exists()
+    assert run([*arguments, "--corpus", str(other)]) == 2
+    assert "other.jsonl is not what" in capsys.readouterr().err
 
 
 PEAK = """
