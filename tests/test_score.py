@@ -23,7 +23,7 @@ from headwise.cli import run
 from headwise.errors import InputError
 from headwise.heads.influence import attention_influence
 from headwise.hf.load import load
-from headwise.tasks.documents import Corpus, Document, Place
+from headwise.tasks.documents import Corpus, Document, Place, repeated_share
 
 WORDS = ["Clara", "Marsh", "met", "Boris", "Keller", "and", "laughed", "at", "the", "river", "with", "a", "book"]
 
@@ -285,6 +285,56 @@ def test_long_documents_are_weighted_by_tokens(model):
     assert other["tokens"] == len(ids) and other["windows"] > row["windows"]
 
 
+@pytest.mark.parametrize("prefix", [1, 5, 40, 500])
+def test_tokens_of_the_prefix_do_not_count_in_whichever_window_they_lie(model, prefix):
+    """By hand: losses token by token of each window, those of the first `prefix` tokens of the document left out."""
+    loaded = load(model)
+    text = " ".join(random.Random(3).choice(WORDS) for _ in range(60))
+    ids, bos = loaded.tokenizer(text, add_special_tokens=False)["input_ids"], loaded.tokenizer.bos_token_id
+    stage = Stage(loaded.model, loaded.tokenizer, [Head(1, 0)], "uniform", prefix, 33, 32, 4096)
+    (row,) = stage(Window(0, [Document(text, "f", 1, Place())]))
+    losses = []
+    for low in range(0, len(ids), 32):
+        part = torch.tensor([[bos, *ids[low : low + 32]]])
+        with torch.no_grad():
+            logits = loaded.model(input_ids=part).logits[0, :-1]
+        losses += torch.nn.functional.cross_entropy(logits, part[0, 1:], reduction="none").tolist()
+    assert len(losses) == len(ids) and row["tokens"] == max(0, len(ids) - prefix)
+    if prefix >= len(ids):
+        assert row["flag"] == "short" and row["score"] is None
+    else:
+        assert row["base_loss"] == pytest.approx(sum(losses[prefix:]) / len(losses[prefix:]), rel=1e-5)
+
+
+def test_a_document_without_loss_has_a_flag_and_no_score(model):
+    """A model that is certain of the same token again: dividing by its loss would make any noise a score."""
+    loaded = load(model)
+    weight = loaded.model.get_input_embeddings().weight
+    with torch.no_grad():
+        loaded.model.set_output_embeddings(torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False))
+        for layer in loaded.model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        loaded.model.lm_head.weight.copy_(1e3 * torch.nn.functional.normalize(weight, dim=-1))
+    texts = [" ".join(["a"] * 9), "Clara Marsh met Boris"]
+    assert len(set(loaded.tokenizer(texts[0], add_special_tokens=False)["input_ids"][1:])) == 1
+    stage = Stage(loaded.model, loaded.tokenizer, [Head(1, 0)], "uniform", 2, 96, 95, 4096)
+    certain, other = stage(Window(0, [Document(text, "f", 1 + i, Place()) for i, text in enumerate(texts)]))
+    assert certain["flag"] == "no-loss" and certain["score"] is None and certain["base_loss"] < 1e-6
+    assert other["flag"] is None and other["score"] is not None
+
+
+def test_repetition_stands_beside_the_score(model):
+    loaded = load(model)
+    stage = Stage(loaded.model, loaded.tokenizer, [Head(1, 0)], "uniform", 0, 96, 95, 4096)
+    texts = ["Clara Marsh met Boris Keller and laughed", " ".join(["Clara Marsh met Boris"] * 4), "Clara"]
+    plain, repeated, short = stage(Window(0, [Document(text, "f", 1, Place()) for text in texts]))
+    ids = loaded.tokenizer(texts[1], add_special_tokens=False)["input_ids"]
+    assert repeated["repetition"] == pytest.approx(repeated_share(ids), rel=1e-5)
+    assert repeated["repetition"] > 0.5 > plain["repetition"]
+    assert short["repetition"] is None or short["tokens"] > 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -295,6 +345,7 @@ def test_long_documents_are_weighted_by_tokens(model):
         (["{corpus}", "--out", "o.jsonl", "--stride", "0"], "stride: 0; expected 1 to 95"),
         (["{corpus}", "--out", "o.jsonl", "--context", "500"], "context: 500 tokens"),
         (["{corpus}", "--out", "o.jsonl", "--heads", "9.9"], "9"),
+        (["{corpus}", "--out", "o.jsonl", "--heads", ""], "heads"),
         (["{corpus}", "--out", "o.jsonl", "--prefix", "-1"], "prefix: -1"),
         (["{corpus}", "--out", "o.jsonl", "--window", "0"], "window: 0"),
     ],

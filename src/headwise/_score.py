@@ -92,9 +92,9 @@ class Stage:
             ids = [] if document.error is not None else next(tokenized)
             cut = _pieces(len(ids), self.context - len(start), self.stride)
             found.append((len(pieces), len(cut), repeated_share(ids)))
-            for number, (low, high, seen) in enumerate(cut):
+            for low, high, seen in cut:
                 pieces.append([*start, *ids[low:high]])
-                skips.append(len(start) + seen if number else self.prefix)
+                skips.append(len(start) + min(max(seen, self.prefix - low), high - low))
         scores = self._losses(pieces, skips)
         return [
             self._row(document, window.number + i, scores, *found[i]) for i, document in enumerate(window.documents)
@@ -196,14 +196,16 @@ def score_corpus(
         name its fields. model, tokenizer: as in `headwise.scan`. out: a .jsonl or .parquet file, or a folder of parts
         of `part_documents` rows in `format`. Beside the rows stands a job file with everything that decides them.
     heads: a selection; None takes `influence_heads` of the retrieval scores (of head_map, else the map that the model
-        ships with, else measured now). mode, prefix: as in `headwise.heads.attention_influence`.
+        ships with, else measured now). mode: as in `headwise.heads.attention_influence`.
+    prefix: how many tokens of each document are read but do not count, beside special tokens.
     context: tokens that are read at once, None as many as the model reads (at most 4,096). stride: how far the windows
         of a longer document lie apart; None is a whole context, without overlap. Every token is counted once, in the
-        first window that holds it. window: documents that are scored together.
+        first window that holds it; the first of a window counts where special tokens stand before it.
+    window: documents that are scored together.
     engine: "ray" runs the same on Ray Data (``headwise[ray]``); workers: its actors, None is one fewer than cores.
 
-    A record that cannot be read, a document of fewer than two tokens and one whose loss is 0 have no score, and a flag:
-    "malformed", "short", "no-loss". A kill costs the window at work; the same call goes on behind the last and ends
+    A record that cannot be read, a document without a token to predict (fewer than two, or none behind the prefix) and
+    one whose loss is 0 have no score, and a flag: "malformed", "short", "no-loss". A kill costs the window at work; the same call goes on behind the last and ends
     with the same bytes, with the number of threads that the job began with.
     Raises InputError for a corpus, output or option that cannot be used, and for an output of a job with other options.
     """

@@ -21,6 +21,7 @@ from headwise.heads.influence import (
     influence_heads,
     relative_increase,
 )
+from headwise.heads.retrieval_needles import RetrievalNeedles
 from headwise.hf.replay import backbone, keep_output, replay
 from headwise.specimens import planted_llama
 from headwise.specimens.registry import load_specimen
@@ -162,6 +163,33 @@ def test_padding_is_a_few_per_cent_of_a_window_of_documents():
 def test_the_cost_of_a_batch_follows_from_sizes(llama):
     assert batch_cost(llama) == batch_cost(copy.deepcopy(llama)) > 0
     assert batch_cost(FAMILIES["llama"].build()) == batch_cost(llama)
+
+
+def test_zero_is_a_copy_without_the_heads_columns_of_the_projection(llama):
+    other, size = copy.deepcopy(llama), llama.model.layers[1].self_attn.head_dim
+    with torch.no_grad():
+        other.model.layers[1].self_attn.o_proj.weight[:, 2 * size : 3 * size] = 0
+    found = attention_influence(llama, some(), ["1.2"], mode="zero")
+    uniform = attention_influence(llama, some(), ["1.2"], mode="uniform")
+    for ids, loss in zip(some(), found.masked.tolist(), strict=True):
+        assert loss == pytest.approx(own_loss(other, ids), abs=1e-5)
+    assert float((found.masked - uniform.masked).abs().max()) > 1e-5, "another mode, another model"
+
+
+def test_the_heads_are_those_that_copy_not_those_that_look_at_the_same_token():
+    """Read at the row of the answer's own token, as third-party code does, the duplicate-token head would score."""
+    found = RetrievalNeedles().measure(planted_llama.build())
+    assert influence_heads(found) == [planted_llama.INDUCTION]
+    assert found.of("retrieval")[planted_llama.DUPLICATE] == pytest.approx(0, abs=0.02)
+
+
+def test_ids_of_every_kind_are_the_same_ids(llama):
+    """Lists, tensors of any whole type: nothing is looked up by what holds the number."""
+    ids = [9, 10, 11, 9, 10, 30]
+    wanted = attention_influence(llama, [ids], ["1.0"]).scores
+    for dtype in (torch.int16, torch.int32, torch.int64):
+        assert torch.equal(attention_influence(llama, [torch.tensor(ids, dtype=dtype)], ["1.0"]).scores, wanted)
+        assert torch.equal(attention_influence(llama, torch.tensor([ids], dtype=dtype), ["1.0"]).scores, wanted)
 
 
 def test_the_second_pass_starts_at_the_first_masked_layer(llama):
