@@ -444,6 +444,30 @@ def test_parquet_in_and_out(corpus, model, tmp_path):
     assert [one.id for one in rest[0].documents] == [f"d{number}" for number in range(32, 48)]
 
 
+@pytest.mark.skipif(find_spec("datasets") is None, reason="datasets is not installed (extra: data)")
+def test_a_data_set_is_scored_and_taken_up_like_a_file(corpus, model, tmp_path, monkeypatch):
+    """Streamed by datasets from a folder; stopped behind the second window."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_bytes(corpus.read_bytes())
+    score(corpus, model, tmp_path / "plain.jsonl")
+    said, call, left = [], Stage.__call__, iter([True, True])
+
+    def twice(self, window):
+        if not next(left, False):
+            raise Stopped
+        return call(self, window)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "__call__", twice)
+        with pytest.raises(Stopped):
+            score(f"hub:{tmp_path / 'set'}", model, tmp_path / "o.jsonl")
+    assert json.loads((tmp_path / "o.jsonl.job.json").read_text())["state"]["documents"] == 32
+    score(f"hub:{tmp_path / 'set'}", model, tmp_path / "o.jsonl", progress=lambda *given: said.append(given))
+    plain = [{**row, "file": ""} for row in rows_of(tmp_path / "plain.jsonl")]
+    assert [{**row, "file": ""} for row in rows_of(tmp_path / "o.jsonl")] == plain
+    assert any("60 documents" in what for _, _, what in said)
+
+
 @pytest.mark.skipif(find_spec("pyarrow") is not None, reason="pyarrow is installed")
 def test_without_pyarrow_parquet_is_refused_in_a_line(corpus, model, tmp_path):
     with pytest.raises(InputError, match=r'pip install "headwise\[data\]"'):

@@ -205,8 +205,8 @@ def score_corpus(
     engine: "ray" runs the same on Ray Data (``headwise[ray]``); workers: its actors, None is one fewer than cores.
 
     A record that cannot be read, a document without a token to predict (fewer than two, or none behind the prefix) and
-    one whose loss is 0 have no score, and a flag: "malformed", "short", "no-loss". A kill costs the window at work; the same call goes on behind the last and ends
-    with the same bytes, with the number of threads that the job began with.
+    one whose loss is 0 have no score, and a flag: "malformed", "short", "no-loss". A kill costs the window at work; the
+    same call goes on behind the last and ends with the same bytes, with the number of threads that the job began with.
     Raises InputError for a corpus, output or option that cannot be used, and for an output of a job with other options.
     """
     if engine not in ("local", "ray"):
