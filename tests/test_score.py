@@ -10,6 +10,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -309,13 +310,14 @@ def test_tokens_of_the_prefix_do_not_count_in_whichever_window_they_lie(model, p
 def test_a_document_without_loss_has_a_flag_and_no_score(model):
     """A model that is certain of the same token again: dividing by its loss would make any noise a score."""
     loaded = load(model)
-    weight = loaded.model.get_input_embeddings().weight
+    llama: Any = loaded.model
+    weight = llama.get_input_embeddings().weight
     with torch.no_grad():
-        loaded.model.set_output_embeddings(torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False))
-        for layer in loaded.model.model.layers:
+        llama.set_output_embeddings(torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False))
+        for layer in llama.model.layers:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
-        loaded.model.lm_head.weight.copy_(1e3 * torch.nn.functional.normalize(weight, dim=-1))
+        llama.lm_head.weight.copy_(1e3 * torch.nn.functional.normalize(weight, dim=-1))
     texts = [" ".join(["a"] * 9), "Clara Marsh met Boris"]
     assert len(set(loaded.tokenizer(texts[0], add_special_tokens=False)["input_ids"][1:])) == 1
     stage = Stage(loaded.model, loaded.tokenizer, [Head(1, 0)], "uniform", 2, 96, 95, 4096)
