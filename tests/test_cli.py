@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -489,7 +490,17 @@ def test_the_doctor(document, call):
     assert found["versions"]["torch"] == torch.__version__
     assert found["kernel"]["error"] < 1e-5
     assert found["kernel"]["why"]
-    assert "fused" in call("doctor")[1]
+    said = call("doctor")[1]
+    assert "fused" in said
+    for name, extra in (("datasets", "data"), ("pyarrow", "data"), ("ray", "ray")):
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            version = None
+        assert found["optional"][name]["version"] == version
+        assert found["optional"][name]["extra"] == extra
+        (line,) = (line for line in said.splitlines() if line.split()[:1] == [name])
+        assert (version or f"not installed (extra: {extra})") in line
 
 
 def test_training_writes_a_specimen(document, tmp_path):

@@ -1,4 +1,4 @@
-"""The scoring job: killed and taken up again, malformed records, memory, formats; and keeping the best."""
+"""The scoring job: killed and taken up again, malformed records, memory, formats; and keeping its best."""
 
 import hashlib
 import json
@@ -10,6 +10,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from headwise.cli import run
 from headwise.errors import InputError
 from headwise.heads.influence import attention_influence
 from headwise.hf.load import load
-from headwise.tasks.documents import Corpus, Document, Place
+from headwise.tasks.documents import Corpus, Document, Place, repeated_share
 
 WORDS = ["Clara", "Marsh", "met", "Boris", "Keller", "and", "laughed", "at", "the", "river", "with", "a", "book"]
 
@@ -285,6 +286,57 @@ def test_long_documents_are_weighted_by_tokens(model):
     assert other["tokens"] == len(ids) and other["windows"] > row["windows"]
 
 
+@pytest.mark.parametrize("prefix", [1, 5, 40, 500])
+def test_tokens_of_the_prefix_do_not_count_in_whichever_window_they_lie(model, prefix):
+    """By hand: losses token by token of each window, those of the first `prefix` tokens of the document left out."""
+    loaded = load(model)
+    text = " ".join(random.Random(3).choice(WORDS) for _ in range(60))
+    ids, bos = loaded.tokenizer(text, add_special_tokens=False)["input_ids"], loaded.tokenizer.bos_token_id
+    stage = Stage(loaded.model, loaded.tokenizer, [Head(1, 0)], "uniform", prefix, 33, 32, 4096)
+    (row,) = stage(Window(0, [Document(text, "f", 1, Place())]))
+    losses = []
+    for low in range(0, len(ids), 32):
+        part = torch.tensor([[bos, *ids[low : low + 32]]])
+        with torch.no_grad():
+            logits = loaded.model(input_ids=part).logits[0, :-1]
+        losses += torch.nn.functional.cross_entropy(logits, part[0, 1:], reduction="none").tolist()
+    assert len(losses) == len(ids) and row["tokens"] == max(0, len(ids) - prefix)
+    if prefix >= len(ids):
+        assert row["flag"] == "short" and row["score"] is None
+    else:
+        assert row["base_loss"] == pytest.approx(sum(losses[prefix:]) / len(losses[prefix:]), rel=1e-5)
+
+
+def test_a_document_without_loss_has_a_flag_and_no_score(model):
+    """A model that is certain of the same token again: dividing by its loss would make any noise a score."""
+    loaded = load(model)
+    llama: Any = loaded.model
+    weight = llama.get_input_embeddings().weight
+    with torch.no_grad():
+        llama.set_output_embeddings(torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False))
+        for layer in llama.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        llama.lm_head.weight.copy_(1e3 * torch.nn.functional.normalize(weight, dim=-1))
+    texts = [" ".join(["a"] * 9), "Clara Marsh met Boris"]
+    assert len(set(loaded.tokenizer(texts[0], add_special_tokens=False)["input_ids"][1:])) == 1
+    stage = Stage(loaded.model, loaded.tokenizer, [Head(1, 0)], "uniform", 2, 96, 95, 4096)
+    certain, other = stage(Window(0, [Document(text, "f", 1 + i, Place()) for i, text in enumerate(texts)]))
+    assert certain["flag"] == "no-loss" and certain["score"] is None and certain["base_loss"] < 1e-6
+    assert other["flag"] is None and other["score"] is not None
+
+
+def test_repetition_stands_beside_the_score(model):
+    loaded = load(model)
+    stage = Stage(loaded.model, loaded.tokenizer, [Head(1, 0)], "uniform", 0, 96, 95, 4096)
+    texts = ["Clara Marsh met Boris Keller and laughed", " ".join(["Clara Marsh met Boris"] * 4), "Clara"]
+    plain, repeated, short = stage(Window(0, [Document(text, "f", 1, Place()) for text in texts]))
+    ids = loaded.tokenizer(texts[1], add_special_tokens=False)["input_ids"]
+    assert repeated["repetition"] == pytest.approx(repeated_share(ids), rel=1e-5)
+    assert repeated["repetition"] > 0.5 > plain["repetition"]
+    assert short["repetition"] is None or short["tokens"] > 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -295,6 +347,7 @@ def test_long_documents_are_weighted_by_tokens(model):
         (["{corpus}", "--out", "o.jsonl", "--stride", "0"], "stride: 0; expected 1 to 95"),
         (["{corpus}", "--out", "o.jsonl", "--context", "500"], "context: 500 tokens"),
         (["{corpus}", "--out", "o.jsonl", "--heads", "9.9"], "9"),
+        (["{corpus}", "--out", "o.jsonl", "--heads", ""], "heads"),
         (["{corpus}", "--out", "o.jsonl", "--prefix", "-1"], "prefix: -1"),
         (["{corpus}", "--out", "o.jsonl", "--window", "0"], "window: 0"),
     ],
@@ -346,22 +399,9 @@ def test_select_keeps_the_best_of_each_domain(corpus, model, tmp_path, capsys):
     assert [int(one["id"][1:]) for one in kept] == sorted(int(one["id"][1:]) for one in kept), "order of the corpus"
     assert all(set(one) == {"id", "domain", "text", "attention_influence"} for one in kept)
     assert run(arguments) == 0 and json.loads((tmp_path / "kept.jsonl").read_text().splitlines()[0])["number"] >= 0
-
-
-def test_select_refuses_what_does_not_match(corpus, model, tmp_path, capsys, monkeypatch):
-    score(corpus, model, tmp_path / "o.jsonl")
-    out = ["--out", str(tmp_path / "k.jsonl")]
     other = write_corpus(tmp_path / "other.jsonl", 10, seed=9)
-    for arguments, said in [
-        ([str(tmp_path / "no.jsonl"), *out], "holds no scores"),
-        ([str(tmp_path / "o.jsonl"), *out, "--fraction", "0"], "fraction: 0"),
-        ([str(tmp_path / "o.jsonl"), *out, "--corpus", str(other)], "is not what"),
-        ([str(tmp_path / "o.jsonl"), "--out", str(tmp_path / "k.csv")], "must end in .jsonl"),
-        ([str(corpus), *out], "a row has no score"),
-    ]:
-        assert run(["select", *arguments]) == 2
-        assert said in capsys.readouterr().err
-    assert not (tmp_path / "k.jsonl").exists()
+    assert run([*arguments, "--corpus", str(other)]) == 2
+    assert "other.jsonl is not what" in capsys.readouterr().err
 
 
 PEAK = """
@@ -404,6 +444,30 @@ def test_parquet_in_and_out(corpus, model, tmp_path):
     start = list(windows(Corpus(str(tmp_path / "corpus.parquet")), Place(), 0, 16))[1]
     rest = list(windows(Corpus(str(tmp_path / "corpus.parquet")), start.after, 32, 16))
     assert [one.id for one in rest[0].documents] == [f"d{number}" for number in range(32, 48)]
+
+
+@pytest.mark.skipif(find_spec("datasets") is None, reason="datasets is not installed (extra: data)")
+def test_a_data_set_is_scored_and_taken_up_like_a_file(corpus, model, tmp_path, monkeypatch):
+    """Streamed by datasets from a folder; stopped behind the second window."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_bytes(corpus.read_bytes())
+    score(corpus, model, tmp_path / "plain.jsonl")
+    said, call, left = [], Stage.__call__, iter([True, True])
+
+    def twice(self, window):
+        if not next(left, False):
+            raise Stopped
+        return call(self, window)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "__call__", twice)
+        with pytest.raises(Stopped):
+            score(f"hub:{tmp_path / 'set'}", model, tmp_path / "o.jsonl")
+    assert json.loads((tmp_path / "o.jsonl.job.json").read_text())["state"]["documents"] == 32
+    score(f"hub:{tmp_path / 'set'}", model, tmp_path / "o.jsonl", progress=lambda *given: said.append(given))
+    plain = [{**row, "file": ""} for row in rows_of(tmp_path / "plain.jsonl")]
+    assert [{**row, "file": ""} for row in rows_of(tmp_path / "o.jsonl")] == plain
+    assert any("60 documents" in what for _, _, what in said)
 
 
 @pytest.mark.skipif(find_spec("pyarrow") is not None, reason="pyarrow is installed")

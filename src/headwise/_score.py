@@ -19,7 +19,7 @@ from torch import nn
 
 import headwise
 from headwise._scan import scan
-from headwise._score_job import COLUMNS, Job, read_rows
+from headwise._score_job import COLUMNS, Job, fingerprint
 from headwise._texts import special_ids
 from headwise.attend.addresses import select_heads
 from headwise.attend.edit import Heads
@@ -29,9 +29,9 @@ from headwise.heads.influence import LEAST_LOSS, Influence, attention_influence,
 from headwise.hf.addresses import layout
 from headwise.hf.inputs import context_length, vocabulary_size
 from headwise.hf.load import Loaded, load
-from headwise.tasks.documents import Corpus, Document, Place, quota, repeated_share
+from headwise.tasks.documents import Corpus, Document, Place, repeated_share
 
-__all__ = ["keep_best", "score_corpus"]
+__all__ = ["score_corpus"]
 
 WINDOW, CHARACTERS = 512, 2**22  # of a window: documents, and characters after which it ends early
 PART = 2**17  # documents of a file where the output is a folder
@@ -92,9 +92,9 @@ class Stage:
             ids = [] if document.error is not None else next(tokenized)
             cut = _pieces(len(ids), self.context - len(start), self.stride)
             found.append((len(pieces), len(cut), repeated_share(ids)))
-            for number, (low, high, seen) in enumerate(cut):
+            for low, high, seen in cut:
                 pieces.append([*start, *ids[low:high]])
-                skips.append(len(start) + seen if number else self.prefix)
+                skips.append(len(start) + min(max(seen, self.prefix - low), high - low))
         scores = self._losses(pieces, skips)
         return [
             self._row(document, window.number + i, scores, *found[i]) for i, document in enumerate(window.documents)
@@ -196,15 +196,17 @@ def score_corpus(
         name its fields. model, tokenizer: as in `headwise.scan`. out: a .jsonl or .parquet file, or a folder of parts
         of `part_documents` rows in `format`. Beside the rows stands a job file with everything that decides them.
     heads: a selection; None takes `influence_heads` of the retrieval scores (of head_map, else the map that the model
-        ships with, else measured now). mode, prefix: as in `headwise.heads.attention_influence`.
+        ships with, else measured now). mode: as in `headwise.heads.attention_influence`.
+    prefix: how many tokens of each document are read but do not count, beside special tokens.
     context: tokens that are read at once, None as many as the model reads (at most 4,096). stride: how far the windows
         of a longer document lie apart; None is a whole context, without overlap. Every token is counted once, in the
-        first window that holds it. window: documents that are scored together.
+        first window that holds it; the first of a window counts where special tokens stand before it.
+    window: documents that are scored together.
     engine: "ray" runs the same on Ray Data (``headwise[ray]``); workers: its actors, None is one fewer than cores.
 
-    A record that cannot be read, a document of fewer than two tokens and one whose loss is 0 have no score, and a flag:
-    "malformed", "short", "no-loss". A kill costs the window at work; the same call goes on behind the last and ends
-    with the same bytes, with the number of threads that the job began with.
+    A record that cannot be read, a document without a token to predict (fewer than two, or none behind the prefix) and
+    one whose loss is 0 have no score, and a flag: "malformed", "short", "no-loss". A kill costs the window at work; the
+    same call goes on behind the last and ends with the same bytes, with the number of threads that the job began with.
     Raises InputError for a corpus, output or option that cannot be used, and for an output of a job with other options.
     """
     if engine not in ("local", "ray"):
@@ -236,7 +238,7 @@ def score_corpus(
     header = {
         "headwise": headwise.__version__,
         "schema": 1,
-        "corpus": _fingerprint(source),
+        "corpus": fingerprint(source),
         "fields": {"text": text, "domain": domain, "id": id},
         "model": loaded.name,
         "weights": _weights(loaded.model),
@@ -378,21 +380,6 @@ def _heads(loaded: Loaded, heads: Heads, given: HeadMap | None, seed: int, say: 
     return sorted(chosen)
 
 
-def _fingerprint(corpus: Corpus) -> dict[str, Any]:
-    """What a corpus is, wherever it lies: names and sizes of its files and what they begin and end with."""
-    if corpus.is_hub:
-        return {"source": corpus.source}
-    digest, files = hashlib.sha256(), corpus.files()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(2**16))
-            file.seek(max(0, size - 2**16))
-            digest.update(file.read())
-    return {"files": len(files), "bytes": corpus.size(), "sha256": digest.hexdigest()}
-
-
 def _weights(model: nn.Module) -> str:
     """A digest of the weights (a few numbers of each), so that a job does not go on under another model."""
     digest = hashlib.sha256()
@@ -409,73 +396,3 @@ def _need_pyarrow() -> None:
         raise InputError(
             'format: parquet needs pyarrow, which is not installed; pip install "headwise[data]"'
         ) from None
-
-
-def keep_best(
-    scores: str | os.PathLike[str],
-    *,
-    out: str | os.PathLike[str],
-    fraction: float = 0.2,
-    corpus: str | os.PathLike[str] | None = None,
-) -> dict[str, Any]:
-    """Write the best `fraction` of each domain of what `score_corpus` wrote, in order of the corpus; returns counts.
-
-    out: a .jsonl file. corpus: what was scored; the chosen records are then written whole, their score added under
-    "attention_influence"; None writes the rows of the scores. Memory: 16 bytes a document.
-    Raises InputError for scores of an unfinished job, and for a corpus that does not match them.
-    """
-    from array import array
-
-    from headwise._files import atomic_path
-
-    if not 0 < fraction <= 1:
-        raise InputError(f"fraction: {fraction}; expected more than 0, at most 1, such as 0.2")
-    if Path(out).suffix not in (".jsonl", ".ndjson"):
-        raise InputError(f"out: {Path(out).name} must end in .jsonl")
-    recorded = Job.recorded(scores) or {}
-    source = None
-    if corpus is not None:
-        names = recorded.get("fields", {"text": None, "domain": "domain", "id": "id"})
-        source = Corpus(os.fspath(corpus), **names)
-        if "corpus" in recorded and recorded["corpus"] != _fingerprint(source):
-            raise InputError(f"corpus: {corpus} is not what {scores} was scored from")
-    members: dict[str | None, tuple[array, array]] = {}
-    total = 0
-    for total, row in enumerate(read_rows(scores), 1):
-        if row["score"] is not None:
-            values, numbers = members.setdefault(row["domain"], (array("d"), array("q")))
-            values.append(row["score"])
-            numbers.append(total - 1)
-    kept = bytearray(total)
-    domains = {}
-    for name, (values, numbers) in members.items():
-        order = torch.tensor(values, dtype=torch.float64).argsort(descending=True, stable=True)
-        best = order[: quota(len(values), fraction)].tolist()
-        domains[name] = {"scored": len(values), "kept": len(best), "least": values[best[-1]] if best else None}
-        for place in best:
-            kept[numbers[place]] = 1
-    with atomic_path(out) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
-        for number, row in enumerate(_joined(scores, source)):
-            if number < total and kept[number]:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return {
-        "documents": total,
-        "scored": sum(one["scored"] for one in domains.values()),
-        "kept": sum(kept),
-        "domains": [{"domain": name, **counts} for name, counts in domains.items()],
-        "file": str(out),
-    }
-
-
-def _joined(scores: str | os.PathLike[str], corpus: Corpus | None) -> Iterator[dict[str, Any]]:
-    if corpus is None:
-        yield from read_rows(scores)
-        return
-    rows = read_rows(scores)
-    for document in corpus.read():
-        row = next(rows, None)
-        if row is None or (row["file"], row["line"]) != (document.file, document.line):
-            raise InputError(
-                f"corpus: {document.file}, line {document.line} is not in the scores; give what was scored"
-            )
-        yield {**(document.record or {"text": document.text}), "attention_influence": row["score"]}

@@ -6,6 +6,7 @@ doubled and the bytes are those of a job that was never stopped. A part gets its
 """
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,9 +17,9 @@ from typing import Any
 
 from headwise._files import atomic_path, read_json, write_text
 from headwise.errors import InputError
-from headwise.tasks.documents import Place
+from headwise.tasks.documents import Corpus, Place
 
-__all__ = ["Job", "State", "read_rows"]
+__all__ = ["Job", "State", "fingerprint", "read_rows"]
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
 # Name -> Arrow type of every column; JSONL rows hold the same names in this order.
@@ -198,6 +199,21 @@ class Job:
     def _save(self) -> None:
         document = {"header": self.header, "state": asdict(self.state)}
         write_text(self.path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+def fingerprint(corpus: Corpus) -> dict[str, Any]:
+    """What a corpus is, wherever it lies: names and sizes of its files and what they begin and end with."""
+    if corpus.is_hub:
+        return {"source": corpus.source}
+    digest, files = hashlib.sha256(), corpus.files()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(2**16))
+            file.seek(max(0, size - 2**16))
+            digest.update(file.read())
+    return {"files": len(files), "bytes": corpus.size(), "sha256": digest.hexdigest()}
 
 
 def _to_parquet(source: Path, target: Path) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 from headwise._edits import edit_classes
 from headwise._scan import Scan, compare, scan
-from headwise._score import keep_best, score_corpus
+from headwise._score import score_corpus
+from headwise._select import keep_best
 from headwise.attend import saving
 from headwise.attend.addresses import Head
 from headwise.attend.edit import Edit

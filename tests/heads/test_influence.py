@@ -1,7 +1,9 @@
 """Attention influence against the model's own loss, hand-written uniform attention and two whole passes."""
 
 import copy
+import itertools
 import math
+import random
 
 import pytest
 import torch
@@ -11,7 +13,15 @@ from torch import nn
 from headwise.attend.addresses import Head, Layout
 from headwise.attend.head_map import HeadMap
 from headwise.errors import UnsupportedModel
-from headwise.heads.influence import _checked, attention_influence, influence_heads, relative_increase
+from headwise.heads.influence import (
+    _checked,
+    attention_influence,
+    batch_cost,
+    by_length,
+    influence_heads,
+    relative_increase,
+)
+from headwise.heads.retrieval_needles import RetrievalNeedles
 from headwise.hf.replay import backbone, keep_output, replay
 from headwise.specimens import planted_llama
 from headwise.specimens.registry import load_specimen
@@ -107,6 +117,79 @@ def test_uniform_is_the_running_mean_of_values(llama):
     found = attention_influence(llama, [ids, *some((14, 3), 1)], [Head(layer, head)])  # beside others, padded
     assert float(found.masked[0]) == pytest.approx(by_hand, abs=1e-5)
     assert abs(by_hand - own_loss(llama, ids)) > 1e-4
+
+
+def least_cost(lengths: list[int], budget: int, fixed: int) -> int:
+    """By trying every way to cut: padded tokens and `fixed` a batch."""
+    found = []
+    for cuts in itertools.product([False, True], repeat=len(lengths) - 1):
+        edges = [0, *(place for place, cut in enumerate(cuts, 1) if cut), len(lengths)]
+        sizes = [(end - start, lengths[start]) for start, end in itertools.pairwise(edges)]
+        if all(count == 1 or count * longest <= budget for count, longest in sizes):
+            found.append(sum(count * longest + fixed for count, longest in sizes))
+    return min(found)
+
+
+@pytest.mark.parametrize("fixed", [0, 7, 60])
+def test_batches_hold_every_document_once_and_cost_the_least(fixed):
+    rng = random.Random(fixed)
+    for budget in (30, 64, 1000):
+        rows = [(number, torch.ones(rng.randrange(1, 40), dtype=torch.long)) for number in range(9)]
+        found = list(by_length(rows, budget, fixed))
+        assert sorted(number for batch in found for number, _ in batch) == list(range(9))
+        sizes = [(len(batch), max(len(ids) for _, ids in batch)) for batch in found]
+        assert all(count == 1 or count * longest <= budget for count, longest in sizes)
+        lengths = sorted((len(ids) for _, ids in rows), reverse=True)
+        assert sum(count * longest + fixed for count, longest in sizes) == least_cost(lengths, budget, fixed)
+    assert list(by_length([], 64, fixed)) == []
+    empty = [(number, torch.zeros(0, dtype=torch.long)) for number in range(3)]
+    assert sum(map(len, by_length(empty, 64, fixed))) == 3
+
+
+def test_padding_is_a_few_per_cent_of_a_window_of_documents():
+    generator = torch.Generator().manual_seed(0)
+    lengths = (torch.randn(512, generator=generator) * 0.8 + 4.0).exp().clamp(8, 512).long().tolist()
+    rows = [(number, torch.ones(length, dtype=torch.long)) for number, length in enumerate(lengths)]
+
+    def padded(batches: list) -> float:
+        return sum(len(batch) * len(batch[0][1]) for batch in batches) / sum(lengths)
+
+    found = list(by_length(rows, 8192, fixed=50))  # as batch_cost has it for some ten million weights
+    assert padded(found) < 1.06 and len(found) < 60
+    few = list(by_length(rows, 8192, fixed=10**6))  # where a batch costs much, padding costs little
+    assert len(few) < len(found) and padded(few) > padded(found)
+
+
+def test_the_cost_of_a_batch_follows_from_sizes(llama):
+    assert batch_cost(llama) == batch_cost(copy.deepcopy(llama)) > 0
+    assert batch_cost(FAMILIES["llama"].build()) == batch_cost(llama)
+
+
+def test_zero_is_a_copy_without_the_heads_columns_of_the_projection(llama):
+    other, size = copy.deepcopy(llama), llama.model.layers[1].self_attn.head_dim
+    with torch.no_grad():
+        other.model.layers[1].self_attn.o_proj.weight[:, 2 * size : 3 * size] = 0
+    found = attention_influence(llama, some(), ["1.2"], mode="zero")
+    uniform = attention_influence(llama, some(), ["1.2"], mode="uniform")
+    for ids, loss in zip(some(), found.masked.tolist(), strict=True):
+        assert loss == pytest.approx(own_loss(other, ids), abs=1e-5)
+    assert float((found.masked - uniform.masked).abs().max()) > 1e-5, "another mode, another model"
+
+
+def test_the_heads_are_those_that_copy_not_those_that_look_at_the_same_token():
+    """Read at the row of the answer's own token, as third-party code does, the duplicate-token head would score."""
+    found = RetrievalNeedles().measure(planted_llama.build())
+    assert influence_heads(found) == [planted_llama.INDUCTION]
+    assert found.of("retrieval")[planted_llama.DUPLICATE] == pytest.approx(0, abs=0.02)
+
+
+def test_ids_of_every_kind_are_the_same_ids(llama):
+    """Lists, tensors of any whole type: nothing is looked up by what holds the number."""
+    ids = [9, 10, 11, 9, 10, 30]
+    wanted = attention_influence(llama, [ids], ["1.0"]).scores
+    for dtype in (torch.int16, torch.int32, torch.int64):
+        assert torch.equal(attention_influence(llama, [torch.tensor(ids, dtype=dtype)], ["1.0"]).scores, wanted)
+        assert torch.equal(attention_influence(llama, torch.tensor([ids], dtype=dtype), ["1.0"]).scores, wanted)
 
 
 def test_the_second_pass_starts_at_the_first_masked_layer(llama):

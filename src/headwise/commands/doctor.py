@@ -15,7 +15,9 @@ OPTIONAL = {
     "scikit-learn": ("tasks", "shipped data and baselines"),
     "pillow": ("vision", "scan --images"),
     "accelerate": ("train", "transformers' Trainer"),
-    "datasets": ("data", "corpora in Parquet"),
+    "datasets": ("data", "corpora of the hub"),
+    "pyarrow": ("data", "corpora and scores in Parquet"),
+    "ray": ("ray", "headwise score --engine ray"),
     "triton": ("gpu", "GPU kernels"),
 }
 
@@ -30,7 +32,8 @@ def doctor(device: Device = None, dtype: Dtype = None, as_json: Json = False) ->
         for name, version in found["versions"].items():
             print(f"  {name:14} {version or 'missing'}")
         for name, one in found["optional"].items():
-            print(f"  {name:14} {one['version'] or 'not installed'} ({one['for']}; extra {one['extra']})")
+            have = one["version"] or f"not installed (extra: {one['extra']})"
+            print(f"  {name:14} {have}, for {one['for']}")
         print(f"devices: {', '.join(found['devices'])}; {found['threads']} threads")
         kernel = found["kernel"]
         print(f"attention on {kernel['device']} in {kernel['dtype']}: {kernel['path']}, because {kernel['why']}")

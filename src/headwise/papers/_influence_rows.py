@@ -164,11 +164,16 @@ def draw(run: Run, told: Told, arms: Mapping[str, Arm]) -> None:
             scores.scatter((number + spread).tolist(), values.tolist(), s=8, color=COLOURS[number % len(COLOURS)])
         scores.set_xticks(range(len(told.by_family)), list(told.by_family))
         scores.set(ylabel="attention influence", title="Documents")
-        every = {"retrieval heads": told.score, "zeroed": told.zeroed, "plain loss": told.loss, **told.others}
-        bars(sets, [""], {name: [value] for name, value in list(every.items())[:3]}, y="AUC", title="Told apart")
+        every = {"retrieval\nheads": told.score, "the same,\nzeroed": told.zeroed, "plain\nloss": told.loss}
+        bars(sets, list(every), {"AUC": list(every.values())}, y="AUC", title="Told apart")
         others = list(told.others.values())
-        sets.scatter([0.45] * len(others), others, s=12, color="#5b6168", label="other heads of the layers")
-        sets.legend(fontsize=8)
+        jitter = torch.linspace(-0.2, 0.2, len(others)) if len(others) > 1 else torch.zeros(len(others))
+        sets.scatter((len(every) + jitter).tolist(), others, s=16, color=COLOURS[3])
+        sets.set_xticks(range(len(every) + 1), [*every, "other heads\nof the layers"])
+        sets.axhline(0.5, color="#5b6168", linewidth=1, linestyle=":")
+        sets.set(ylim=(0, 1.05))
         curves = {name: arm.context() for name, arm in arms.items()}
         lines(training, arms[CHOSEN].steps, curves, x="step", y="right, repeats and needles", title="Larger model")
+        training.legend(fontsize=8, ncols=2, loc="upper left")
+        training.set(ylim=(None, 1.45 * max(max(values) for values in curves.values())))
     run.figures.append(path)

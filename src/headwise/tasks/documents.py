@@ -8,10 +8,12 @@ Paper: headwise/papers/attention_influence.py (Hua et al., 2025).
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -123,10 +125,10 @@ class Corpus:
             if not zipped:
                 file.seek(offset)
             else:
-                for _ in range(line):
-                    _next_line(file)
+                for behind in range(line):
+                    _read_line(file, path, behind)
             while True:
-                data, length = _next_line(file)
+                data, length = _read_line(file, path, line)
                 if not length:
                     return
                 line += 1
@@ -184,7 +186,7 @@ class Corpus:
                     if line > start.line:
                         after = Place(start.file, line, size * line // max(1, rows))
                         yield self._from_record(record, path.name, line, after)
-        except OSError as error:  # pyarrow's own errors are among them
+        except (OSError, ValueError) as error:  # pyarrow's own errors are among them
             raise InputError(f"corpus: {path} cannot be read as Parquet ({error}); write it anew") from None
 
     def _hub(self, start: Place) -> Iterator[Document]:
@@ -206,9 +208,9 @@ def _kind(path: Path) -> str:
     return name.suffix if name.suffix in (*LINES, *(() if path.suffix == ".gz" else PARQUET)) else ""
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _opened(path: Path) -> BufferedIOBase:
     try:
-        return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # pyright: ignore[reportReturnType]
+        return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
     except OSError as error:
         raise InputError(f"corpus: {path} cannot be read ({error.strerror or error}); check the path") from None
 
@@ -218,7 +220,14 @@ def _compressed(file: Any) -> int:
     return int(file.fileobj.tell())
 
 
-def _next_line(file: IO[bytes]) -> tuple[bytes | None, int]:
+def _read_line(file: BufferedIOBase, path: Path, behind: int) -> tuple[bytes | None, int]:
+    try:
+        return _next_line(file)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"corpus: {path} cannot be read behind line {behind} ({error}); write it anew") from None
+
+
+def _next_line(file: BufferedIOBase) -> tuple[bytes | None, int]:
     """The next line and its length; None for one that is too long to hold, which is passed over."""
     data = file.readline(LONGEST)
     length = len(data)
