@@ -9,7 +9,9 @@ import transformers as hf
 from tests.zoo import FAMILIES
 
 from headwise.attend.addresses import Head
+from headwise.attend.edits import Ablate
 from headwise.errors import InputError, UnsupportedModel
+from headwise.heads.circuits import faithfulness
 from headwise.heads.effects import (
     NodeEffects,
     Receiver,
@@ -19,6 +21,9 @@ from headwise.heads.effects import (
     probability,
 )
 from headwise.heads.patching import activation_patch, attribution_patch, path_patch
+from headwise.hf.addresses import layout
+from headwise.hf.maps import head_outputs
+from headwise.hf.session import steer
 from headwise.hf.sites import record
 
 V, B, T = 50, 3, 9
@@ -216,6 +221,25 @@ def test_total_effects_are_those_of_hooks_by_hand(model, pair):
     assert found.mlps is not None
     near(found.mlps[:, 2], D(hand.run(ids, None, feed)[0]) - before)
     assert found.mlps[:, 0].isnan().all() and found.heads[:, 0].isnan().all()
+
+
+@pytest.mark.parametrize("head", [Head(0, 1), Head(2, 3)])
+def test_mean_ablation_from_one_prompt_is_patching_from_it(pair, head):
+    """Over tokens: where one token is repeated and only rotary positions tell, the mean is every position's output.
+    And over prompts: the mean of one prompt.
+    """
+    (ids, twin), model = pair, llama()
+    one = torch.full((1, T), 7)
+    with torch.no_grad(), steer(model, Ablate(heads=[head], mode="mean", statistics=head_outputs(model, one))):
+        ablated = D(model(ids).logits[:, -1])
+    found = activation_patch(model, ids, one.expand(B, -1), D, nodes=[head], position=None)
+    near(found.clean + found.heads[:, head.layer, head.head], ablated)
+    assert float((ablated - found.clean).abs().max()) > 1e-2
+    others = [other for other in layout(model).heads() if other != head]
+    for prompt in (one, twin[:1]):
+        patched = activation_patch(model, ids, prompt.expand(B, -1), D, nodes=[head], position=None)
+        alone = faithfulness(model, others, ids, prompt.expand(B, -1), D, mode="mean").circuit
+        near(torch.tensor(alone), (patched.clean + patched.heads[:, head.layer, head.head]).double().mean().float())
 
 
 @pytest.mark.parametrize("padded", [False, True])

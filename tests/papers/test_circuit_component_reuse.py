@@ -18,13 +18,17 @@ from headwise.papers._circuit_reuse_setup import (
     TOO_LONG,
     Asked,
     Found,
+    Lesson,
     Subject,
     Transfer,
+    _train,
     circuit_of,
     forced,
     mass_on,
     scene_rows,
+    small_model,
     strongest,
+    transfer,
 )
 from headwise.papers.record import find_paper
 from headwise.papers.running import Run
@@ -140,9 +144,25 @@ def test_the_repair_needs_more_than_any_change():
 
 
 def test_what_is_learned_sooner():
-    assert rows.faster(Transfer(0.9, 50, 300, 250)).holds and rows.faster(Transfer(0.9, 50, None, 250)).holds
-    assert not rows.faster(Transfer(0.9, 50, 200, 250)).holds
-    assert not rows.faster(Transfer(0.9, None, None, 2500)).holds  # neither learned: nothing is shown
+    good = Transfer(0.96, 250, 50, 300, 3000, 250)
+    assert rows.faster(good).holds and rows.faster(good).margin == pytest.approx(1.0)
+    stopped = rows.faster(replace(good, scratch=None))
+    assert stopped.holds and stopped.values["stopped"] == 1 and "stopped" in (stopped.control or "")
+    assert not rows.faster(replace(good, scratch=240)).holds
+    assert not rows.faster(replace(good, copies=0.9, copied=None)).holds  # it does not copy: nothing is reused
+    assert not rows.faster(replace(good, copying=None, scratch=None, cap=2500)).holds  # neither learned
+
+
+def test_lessons_end_when_they_are_learned_and_say_so(tmp_path):
+    run = Run(find_paper("circuit-component-reuse"), 0, "cpu", tmp_path, say=lambda text: None)
+    found = transfer(7, run, most=50, cap=10)
+    assert found.copied is None and found.copies < 0.5 and found.copying is None and found.cap == 50
+    easy = Lesson({"indirect_objects": 4}, ("indirect_objects",), 16, 1e-3, 2, 0.0, 5)
+    steps, right = _train(small_model(7), MIXTURE, easy, 0, 20)
+    assert steps == 5 and 0 <= right <= 1
+    assert all(
+        torch.equal(*pair) for pair in zip(small_model(7).parameters(), small_model(7).parameters(), strict=True)
+    )
 
 
 def test_identities_hold_on_the_shipped_model(model):

@@ -24,9 +24,10 @@ from headwise.errors import UnsupportedModel
 from headwise.heads.decoding import arguments, embedding_device
 from headwise.heads.effects import Receiver
 from headwise.hf.addresses import layout, tower_kinds, unwrap
-from headwise.hf.inputs import takes, vocabulary_size
+from headwise.hf.inputs import cache_of, takes, vocabulary_size, with_cache
 from headwise.hf.session import steer
 from headwise.hf.sites import Sites, find_sites, replace
+from headwise.hf.steps import CACHE_NAMES
 
 Inputs = Int[Tensor, "_ _"] | Mapping[str, Any]  # axes without names: that two inputs correspond is checked here
 Way = Literal["full", "cached", "frozen"]
@@ -251,7 +252,7 @@ class Runs:
             return "full"
         if "heads" in self.freeze and not self.receivers:
             return "frozen"
-        return "cached" if cache_name(self.model) else "full"
+        return "cached" if any(takes(self.model, name) for name in CACHE_NAMES) else "full"
 
     def _agrees(self) -> bool:
         """The shorter way gives the clean prompt's own logits: true unless a family keeps state of its own."""
@@ -312,9 +313,8 @@ class Runs:
             return self._read(self.model(**arguments(self.model, ids, real), **self._frugal()).logits)
         if self.way == "frozen":
             return self.model(input_ids=ids[:, -1:], use_cache=False).logits[:, -1]
-        given = arguments(self.model, ids[:, -1:], real)
-        given[cache_name(self.model)] = self._prompt_cache(n)
-        return self.model(**given, use_cache=True).logits[:, -1]
+        given = arguments(self.model, ids[:, -1:], real) | with_cache(self.model, self._prompt_cache(n))
+        return self.model(**given).logits[:, -1]
 
     def _frugal(self) -> dict[str, Any]:
         given: dict[str, Any] = {"use_cache": False} if takes(unwrap(self.model), "use_cache") else {}
@@ -334,7 +334,7 @@ class Runs:
             given = arguments(self.model, self.prompts.clean[:, :-1], real)
             if takes(unwrap(self.model), "logits_to_keep"):
                 given["logits_to_keep"] = 1
-            self._cache = getattr(self.model(**given, use_cache=True), cache_name(self.model))
+            self._cache = cache_of(self.model(**given, use_cache=True))
             self._phase, self._watch = phase, watch
         cache = deepcopy(self._cache)
         # Variants are the outer axis: v0 of all prompts, then v1 of all prompts.
@@ -432,11 +432,6 @@ class Runs:
             parts.setdefault(receiver.part, set()).update(other.head for other in group)
             named.update(dict.fromkeys(group))
         return _Receivers(heads=list(named), wanted=wanted) if named else None
-
-
-def cache_name(model: nn.Module) -> str:
-    """What the model's forward calls its cache, which changed in transformers 5.24; empty where it takes none."""
-    return next((name for name in ("cache", "past_key_values") if takes(unwrap(model), name)), "")
 
 
 def same_group(one: Head, other: Head) -> bool:

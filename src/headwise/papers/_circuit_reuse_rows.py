@@ -306,15 +306,21 @@ def same_numbers(subject: Subject) -> Measured:
 
 
 def faster(found: Transfer) -> Measured:
-    fast, slow = found.copying or found.cap, found.scratch or found.cap
-    holds = found.copying is not None and slow >= 5 * fast
-    said = f"after {found.scratch} steps" if found.scratch else f"not after {found.cap} steps"
+    fast, slow = found.copying or found.cap // 5, found.scratch or found.cap
+    learned = found.copied is not None and found.copying is not None
+    taught = f"{found.copied} steps" if found.copied else "all its steps"
+    said = f"after {found.scratch} steps" if found.scratch else f"not after {found.cap} steps, where it was stopped"
     return _row(
-        slow / fast - 5 if holds else -1.0,
-        f"indirect objects are learned (97 % of new prompts) after {found.copying or f'more than {found.cap}'} steps "
-        f"by a model that copies ({found.copies:.0%} of repeats right)",
+        slow / fast - 5 if learned else -1.0,
+        f"97 % of indirect objects are right after {found.copying or f'more than {fast}'} steps in a model that was "
+        f"taught to copy ({found.copies:.0%} of repeats or of needles, whichever are fewer, after {taught})",
         f"from scratch {said}, same batches, same learning rate",
-        {"copying": float(fast), "scratch": float(slow)},
+        {
+            "copies": found.copies,
+            "copying": float(fast),
+            "scratch": float(slow),
+            "stopped": float(found.copied is None) + float(found.copying is None) + float(found.scratch is None),
+        },
     )
 
 
@@ -330,11 +336,11 @@ def draw(run: Run, subject: Subject, shared: dict[tuple[str, str], Shared], foun
                 marked=[(head.layer, head.head) for head in one.heads],
                 limit=1.0,
                 title=f"{_said(task)} (circuit framed)",
-                label="direct effect, share of the corrupt prompt's",
+                label="direct effect (the corrupt prompt: 1)",
             )
         bars(
             third,
-            ["\n".join(SHORT[task] for task in pair) for pair in PAIRS],
+            [" + ".join(SHORT[task] for task in pair) for pair in PAIRS],
             {
                 "shared": [len(one.found.shared) for one in shared.values()],
                 "by chance, same layers": [one.found.expected for one in shared.values()],
@@ -342,10 +348,14 @@ def draw(run: Run, subject: Subject, shared: dict[tuple[str, str], Shared], foun
             y="heads",
             title="Heads that two circuits share",
         )
-        third.tick_params(axis="x", labelsize=7)
+        third.tick_params(axis="x", labelsize=8, rotation=40)
+        for label in third.get_xticklabels():
+            label.set(horizontalalignment="right", rotation_mode="anchor")
+        third.set_ylim(0, third.get_ylim()[1] + 1)  # room for the legend
+        third.legend(loc="upper right", fontsize=8)
         bars(
             fourth,
-            ["as it is", f"{_list(found.heads)} forced", "others forced"],
+            ["as it is", f"{_list(found.heads)}\nforced", "others\nforced"],
             {
                 "answers right": [found.before, found.after, mean(found.others)],
                 "movers' weight on the right colour": [*found.mass, mean(found.other_mass)],
@@ -354,8 +364,7 @@ def draw(run: Run, subject: Subject, shared: dict[tuple[str, str], Shared], foun
             title=f"Coloured objects, {TOO_LONG} tokens",
         )
         fourth.set_ylim(0, 1)
-        for axes in (third, fourth):
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=8)
+        fourth.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=8)
     run.figures.append(path)
 
 

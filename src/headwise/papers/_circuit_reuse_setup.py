@@ -4,7 +4,7 @@ A task's circuit is found by path patching in three stages, the heads that write
 other prompts of the same task: every task has those, and they disturb all that a prompt says.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from headwise.heads.patching import path_patch
 from headwise.hf.maps import attention_maps, head_outputs
 from headwise.hf.session import steer
 from headwise.papers.running import Run
+from headwise.specimens._training import seeded, small_llama
 from headwise.specimens.registry import load_specimen
 from headwise.tasks.episodes import Episodes, answer_accuracy
 from headwise.tasks.mixture import MixedBatch, Mixture
@@ -39,7 +40,8 @@ EACH = 2  # heads of a stage: 2 % of GPT-2 medium's 384 heads are 8, of 24 less 
 LEAST = 0.01  # of what the corrupt prompt does: a head with a smaller effect is in no circuit
 LENGTH, PROMPTS = 32, 32
 TOO_LONG = 384  # trained on 320 at most
-LEARNED, EVERY = 0.97, 10
+LEARNED = 0.97  # of indirect objects
+COPIES = 0.95  # of repeats and of needles: a model that has less does not copy yet
 
 
 @dataclass(frozen=True)
@@ -179,11 +181,17 @@ def mass_on(model: nn.Module, asked: Asked, heads: Sequence[Head], span: str) ->
 
 @dataclass(frozen=True)
 class Transfer:
-    """Steps until indirect objects are learned, from a model that copies and from nothing; None where the cap came."""
+    """Steps until the model copied, and then until indirect objects were learned, from there and from nothing.
+
+    None where the steps ran out: `most` for each lesson of copying, `cap` for indirect objects. copies: repeats or
+    needles right in the end, whichever are fewer.
+    """
 
     copies: float
+    copied: int | None
     copying: int | None
     scratch: int | None
+    most: int
     cap: int
 
 
@@ -192,88 +200,90 @@ class _Learned(Exception):
 
 
 def small_model(seed: int) -> nn.Module:
-    """Two layers of four heads from random weights: learns to copy in half a minute."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=None,
-        pad_token_id=127,
+    """Three layers of four heads from random weights: heads wide enough to tell words apart, so that it can copy."""
+    return seeded(
+        lambda: small_llama(128, layers=3, heads=4, head_dim=24, hidden=96, inner=192, positions=64, pad=127),
+        100 + seed,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(100 + seed)
-        return LlamaForCausalLM(config)
 
 
-def transfer(seed: int, run: Run, *, first: int = 1000, cap: int = 500) -> Transfer:
-    """Learn to copy, then indirect objects from there and from nothing, with the same batches and learning rate."""
+@dataclass(frozen=True)
+class Lesson:
+    """Sequences of each task in a batch, learning rate and its warm-up; learned when `enough` of all `asked` is right.
+
+    every: after how many steps that is looked at, each time.
+    """
+
+    counts: dict[str, int]
+    asked: tuple[str, ...]
+    length: int
+    rate: float
+    warmup: int
+    enough: float
+    every: int
+
+
+# To copy: repeats alone, then with needles and text, as the shipped model began and without its other tasks.
+COPY_LESSONS = (
+    Lesson({"repeats": 48}, ("repeats",), 32, 3e-3, 50, COPIES, 50),
+    Lesson({"bigrams": 8, "repeats": 16, "needles": 24}, ("repeats", "needles"), 32, 3e-3, 20, COPIES, 50),
+)
+NEW_LESSON = Lesson({"indirect_objects": 32}, ("indirect_objects",), 16, 2e-3, 20, LEARNED, 10)
+
+
+def transfer(seed: int, run: Run, *, most: int = 3000, cap: int = 500) -> Transfer:
+    """Learn to copy to the end, then indirect objects from there and from nothing, batches and rate the same.
+
+    most: steps for each lesson of copying. cap: steps for indirect objects from the model that copies; from scratch it
+    is five times what that model took, or five times `cap` where it did not learn.
+    """
     mixture, fresh = Mixture(), small_model(seed)
     copying = deepcopy(fresh)
-    run.log("learning to copy")
-    rate = OptimiserSpec(lr=4e-3)
-    fit(
-        copying,
-        _batches(mixture, "repeats", 32, 24),
-        _loss,
-        steps=first,
-        seed=seed,
-        optimiser=rate,
-        schedule=trapezoid(warmup=50, decay=0.2),
-    )
-    held = mixture.episodes("repeats", 64, 32, torch.Generator().manual_seed(999))
-    with torch.no_grad():
-        copies = answer_accuracy(copying(held.input_ids).logits, held)["tokens"]
-    run.log(f"copies {copies:.0%}; learning indirect objects")
-    fast = _steps(copying, mixture, seed, cap)
+    steps: list[int | None] = []
+    copies = 0.0
+    for lesson in COPY_LESSONS:
+        run.log(f"learning to copy: {', '.join(lesson.counts)}")
+        taken, copies = _train(copying, mixture, lesson, seed, most)
+        steps.append(taken)
+    copied = None if None in steps else sum(filter(None, steps))
+    run.log(f"copies {copies:.0%} after {copied} steps; learning indirect objects")
+    fast, _ = _train(copying, mixture, NEW_LESSON, seed + 1, cap)
     run.log(f"{fast} steps; from scratch")
-    slow = _steps(fresh, mixture, seed, 5 * (fast or cap))
-    return Transfer(copies, fast, slow, 5 * (fast or cap))
+    slow, _ = _train(fresh, mixture, NEW_LESSON, seed + 1, 5 * (fast or cap))
+    return Transfer(copies, copied, fast, slow, most, 5 * (fast or cap))
 
 
-def _batches(mixture: Mixture, task: str, count: int, length: int) -> Callable[[int, torch.Generator], MixedBatch]:
-    return lambda step, generator: mixture.batch({task: count}, length, generator)
-
-
-def _loss(model: nn.Module, batch: MixedBatch) -> Tensor:
-    """The task's own mean loss, and half of that of the text around it."""
-    parts = batch.losses(model(input_ids=batch.input_ids).logits)
-    return torch.stack([value * (0.5 if name == "text" else 1.0) for name, value in parts.items()]).sum()
-
-
-def _steps(model: nn.Module, mixture: Mixture, seed: int, cap: int) -> int | None:
-    """Steps until `LEARNED` of held-out prompts are right; None where that takes more than `cap`."""
-    held = mixture.episodes("indirect_objects", 128, 16, torch.Generator().manual_seed(998))
-    learned: list[int] = []
+def _train(model: nn.Module, mixture: Mixture, lesson: Lesson, seed: int, cap: int) -> tuple[int | None, float]:
+    """Steps until the lesson is learned, None where that takes more than `cap`; and the share that is right then."""
+    held = [mixture.episodes(task, 128, lesson.length, torch.Generator().manual_seed(998)) for task in lesson.asked]
+    seen: dict[int, float] = {}
 
     def look(step: int, current: nn.Module) -> None:
         current.eval()
         with torch.no_grad():
-            right = answer_accuracy(current(held.input_ids).logits, held)["tokens"]
+            seen[step] = min(answer_accuracy(current(one.input_ids).logits, one)["tokens"] for one in held)
         current.train()
-        if right >= LEARNED:
-            learned.append(step)
+        if seen[step] >= lesson.enough:
             raise _Learned
 
     try:
         fit(
             model,
-            _batches(mixture, "indirect_objects", 32, 16),
+            lambda step, generator: mixture.batch(lesson.counts, lesson.length, generator),
             _loss,
             steps=cap,
-            seed=seed + 1,
-            optimiser=OptimiserSpec(lr=2e-3),
-            schedule=trapezoid(warmup=20, decay=0.0),
-            checkpoints=range(EVERY, cap + 1, EVERY),
+            seed=seed,
+            optimiser=OptimiserSpec(lr=lesson.rate),
+            schedule=trapezoid(warmup=lesson.warmup, decay=0.0),
+            checkpoints=range(lesson.every, cap + 1, lesson.every),
             on_checkpoint=look,
         )
     except _Learned:
-        return learned[0]
-    return None
+        return max(seen), seen[max(seen)]
+    return None, seen[max(seen)]
+
+
+def _loss(model: nn.Module, batch: MixedBatch) -> Tensor:
+    """The tasks' own mean losses, and half of that of the text around them."""
+    parts = batch.losses(model(input_ids=batch.input_ids).logits)
+    return torch.stack([value * (0.5 if name == "text" else 1.0) for name, value in parts.items()]).sum()

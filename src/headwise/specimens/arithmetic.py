@@ -8,13 +8,14 @@ One early checkpoint is kept: the last in which fewer than 60 % of the results a
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from headwise.specimens._training import Timed, phase_of, ran, recipe, seeded, shortened, small_llama
 from headwise.tasks.episodes import Episodes, answer_accuracy
 from headwise.tasks.repeats import repeated_segments
 from headwise.tasks.symbol_arithmetic import ArithmeticSymbols, answers_by_operator, arithmetic_episodes
@@ -24,20 +25,19 @@ NAME = "arithmetic"
 SUMMARY = "three layers of eight heads that add and subtract modulo ten, choose letters, and repeat"
 
 LAYERS, HEADS, HEAD_DIM, HIDDEN, INNER = 3, 8, 8, 64, 192
-LEARNING_RATE = 3e-3
+LEARNING_RATE, WARM_UP, DECAY = 3e-3, 100, 0.3
 EARLY = 0.6  # results right, at most, in the checkpoint that is kept
 OPERATORS = {"+": "add", "-": "subtract", "<": "first", ">": "last"}
 TASKS = tuple(f"{name}-{template}" for name in OPERATORS.values() for template in ("infix", "prefix"))
 
 
 @dataclass(frozen=True)
-class Phase:
+class Phase(Timed):
     """So many steps on batches of problems with digits, problems with letters, and repeats.
 
     problems: in one sequence; repeats are as long. skew: the share of problems that have a small operand.
     """
 
-    steps: int
     digits: int
     letters: int
     repeats: int
@@ -57,24 +57,9 @@ PHASES = [
 
 def build() -> nn.Module:
     """The untrained model."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    symbols = ArithmeticSymbols()
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(symbols),
-            hidden_size=HIDDEN,
-            intermediate_size=INNER,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=HEADS,
-            head_dim=HEAD_DIM,
-            max_position_embeddings=128,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=None,
-            pad_token_id=len(symbols) - 1,
-        )
+    size = len(ArithmeticSymbols())
+    return small_llama(
+        size, layers=LAYERS, heads=HEADS, head_dim=HEAD_DIM, hidden=HIDDEN, inner=INNER, positions=128, pad=size - 1
     )
 
 
@@ -144,12 +129,9 @@ def train(
     """Train from nothing; write model, checkpoint, tokenizer and card to `out`. steps: shorten all phases alike."""
     from headwise.specimens.registry import write_specimen
 
-    total, symbols = sum(phase.steps for phase in PHASES), ArithmeticSymbols()
-    phases = [Phase(**{**asdict(one), "steps": max(1, round(one.steps * (steps or total) / total))}) for one in PHASES]
+    phases, symbols = shortened(PHASES, steps), ArithmeticSymbols()
     total = sum(phase.steps for phase in phases)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build()
+    model = seeded(build, seed)
     states: dict[int, dict[str, Tensor]] = {}
     along: dict[str, float] = {}
 
@@ -164,22 +146,14 @@ def train(
             }
         model.train()
 
-    def batches(step: int, generator: torch.Generator) -> list[Episodes]:
-        left = step
-        for phase in phases:
-            if left < phase.steps:
-                return draw(phase, symbols, generator)
-            left -= phase.steps
-        return draw(phases[-1], symbols, generator)
-
     history = fit(
         model,
-        batches,
+        lambda step, generator: draw(phase_of(step, phases), symbols, generator),
         loss,
         steps=total,
         seed=seed,
         optimiser=OptimiserSpec(lr=LEARNING_RATE),
-        schedule=trapezoid(warmup=100, decay=0.3),
+        schedule=trapezoid(warmup=WARM_UP, decay=DECAY),
         log=log,
         checkpoints=range(0, total, 50),
         on_checkpoint=keep,
@@ -187,14 +161,9 @@ def train(
     model = model.to(torch.bfloat16).float()  # what ships is what was measured
     card = {
         "summary": SUMMARY,
-        "seed": seed,
-        "steps": total,
-        "minutes": round(history.seconds / 60, 1),
-        "cpu_minutes": round(history.cpu_seconds / 60, 1),
-        "threads": torch.get_num_threads(),
+        **ran(history, phases, seed),
         "recipe": {
-            "phases": [asdict(phase) for phase in phases],
-            "optimiser": f"AdamW {LEARNING_RATE}, betas 0.9 0.98, warm-up 100, linear fall over the last 30 %, clip 1",
+            **recipe(phases, rate=LEARNING_RATE, warmup=WARM_UP, decay=DECAY),
             "loss": "mean of the answers of each operator and of repeats, summed",
         },
         "losses": history.records[-1],

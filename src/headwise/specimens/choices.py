@@ -15,14 +15,15 @@ of every other kind, do not carry over to digits as labels.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from headwise.specimens.tasks import COPYING, DEAD, dead_masks, silenced
+from headwise.specimens._training import Timed, phase_of, ran, recipe, shortened
+from headwise.specimens.tasks import dead_masks, masked, silenced
 from headwise.tasks.choice_questions import choice_prompts
 from headwise.tasks.episodes import Episodes, answer_accuracy
 from headwise.tasks.mixture import Mixture
@@ -44,14 +45,13 @@ OTHERS = {"repeats": 32, "addition": 32}  # task -> length: what the other heads
 OPTIONS = (2, 3, 4, 4)
 LENGTHS = (None, None, None, 32)  # by turns; None is the question alone, else text comes before it
 MASKED = 0.7  # share of sequences in which only the heads of COPYING speak
-LEARNING_RATE = 2e-3
+LEARNING_RATE, WARM_UP, DECAY = 2e-3, 30, 0.4
 
 
 @dataclass(frozen=True)
-class Phase:
+class Phase(Timed):
     """So many steps on `batch` sequences of every format."""
 
-    steps: int
     formats: tuple[str, ...]
     batch: int = 24
 
@@ -63,13 +63,7 @@ def batches(mixture: Mixture, phases: list[Phase]) -> Callable[[int, torch.Gener
     """For every step its episodes by name: all formats with one number of options, and one of the other tasks."""
 
     def draw(step: int, generator: torch.Generator) -> list[tuple[str, Episodes]]:
-        done = 0
-        phase = phases[-1]
-        for one in phases:
-            if step < done + one.steps:
-                phase = one
-                break
-            done += one.steps
+        phase = phase_of(step, phases)
         options = OPTIONS[step % len(OPTIONS)]
         length = LENGTHS[step // len(OPTIONS) % len(LENGTHS)]
         drawn = [
@@ -144,9 +138,7 @@ def train(
     """Train the shipped `tasks` model on; write model, tokenizer and card to `out`. steps: shorten the run."""
     from headwise.specimens.registry import load_specimen, write_specimen
 
-    total = sum(phase.steps for phase in PHASES)
-    phases = [replace(phase, steps=max(1, round(phase.steps * (steps or total) / total))) for phase in PHASES]
-    mixture = Mixture()
+    phases, mixture = shortened(PHASES, steps), Mixture()
     model = load_specimen(BASE).model
     history = fit(
         model,
@@ -155,7 +147,7 @@ def train(
         steps=sum(phase.steps for phase in phases),
         seed=seed,
         optimiser=OptimiserSpec(lr=LEARNING_RATE),
-        schedule=trapezoid(warmup=30, decay=0.4),
+        schedule=trapezoid(warmup=WARM_UP, decay=DECAY),
         log=log,
         log_every=40,
         masks=dead_masks(),
@@ -163,25 +155,16 @@ def train(
     model = model.to(torch.bfloat16).float()  # what ships is what was measured
     card = {
         "summary": SUMMARY,
-        "seed": seed,
         "base": BASE,
-        "steps": sum(phase.steps for phase in phases),
-        "minutes": round(history.seconds / 60, 1),
-        "cpu_minutes": round(history.cpu_seconds / 60, 1),
-        "threads": torch.get_num_threads(),
+        **ran(history, phases, seed),
         "recipe": {
-            "phases": [asdict(phase) for phase in phases],
+            **recipe(phases, rate=LEARNING_RATE, warmup=WARM_UP, decay=DECAY),
             "formats": FORMATS,
             "options": OPTIONS,
             "masked": MASKED,
-            "optimiser": f"AdamW {LEARNING_RATE}, betas 0.9 0.98, warm-up 30, linear fall over the last 40 %, clip 1",
             "loss": "sum of the mean losses on the answers of each format and task",
         },
-        "masked": {
-            "dead": [f"{layer}.{head}" for layer, head in DEAD],
-            "copying": [f"{layer}.{head}" for layer, heads in COPYING.items() for head in heads],
-            "note": "roles were encouraged: dead heads are no controls, heads outside `copying` learned other tasks",
-        },
+        "masked": masked(),
         "losses": history.records[-1],
         "accuracies": evaluate(model, mixture),
     }

@@ -11,13 +11,14 @@ stays at chance: its answer needs one hop more than three layers had to spare.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from headwise.specimens._training import Timed, phase_of, ran, recipe, seeded, shortened, small_llama
 from headwise.tasks.episodes import answer_accuracy
 from headwise.tasks.mixture import MixedBatch, Mixture
 from headwise.training import History, OptimiserSpec, fit, trapezoid
@@ -44,14 +45,13 @@ ALL = {
 
 
 @dataclass(frozen=True)
-class Phase:
+class Phase(Timed):
     """So many steps on batches of about `tokens` tokens; tasks and lengths with their weights.
 
     masked: share of the needle and repeat sequences in which only the heads of `COPYING` speak. sum_every: an addition
     sequence holds a sum for every so many tokens.
     """
 
-    steps: int
     tokens: int
     tasks: dict[str, int]
     lengths: dict[int, int]
@@ -65,29 +65,14 @@ PHASES = [
     Phase(1500, 2048, ALL, MIXED),
     Phase(900, 2400, ALL, LONG),
 ]
-LEARNING_RATE = 3e-3
+LEARNING_RATE, WARM_UP, DECAY = 3e-3, 100, 0.4
 EVALUATED_LENGTHS = (32, 64, 128, 256, 384)
 
 
 def build() -> nn.Module:
     """The untrained model, its dead heads already silent."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=128,
-            hidden_size=HIDDEN,
-            intermediate_size=INNER,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=HEADS,
-            head_dim=HEAD_DIM,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=None,
-            pad_token_id=127,
-        )
+    model = small_llama(
+        128, layers=LAYERS, heads=HEADS, head_dim=HEAD_DIM, hidden=HIDDEN, inner=INNER, positions=512, pad=127
     )
     with torch.no_grad():
         for name, mask in dead_masks().items():
@@ -103,6 +88,15 @@ def dead_masks() -> dict[str, Tensor]:
         alive[[head for at, head in DEAD if at == layer]] = 0
         masks[f"model.layers.{layer}.self_attn.o_proj.weight"] = alive.repeat_interleave(HEAD_DIM)[None]
     return masks
+
+
+def masked() -> dict[str, Any]:
+    """Which heads were masked in training, for a card."""
+    return {
+        "dead": [f"{layer}.{head}" for layer, head in DEAD],
+        "copying": [f"{layer}.{head}" for layer, heads in COPYING.items() for head in heads],
+        "note": "roles were encouraged: dead heads are no controls, heads outside `copying` learned other tasks",
+    }
 
 
 @contextlib.contextmanager
@@ -126,15 +120,6 @@ def silenced(model: nn.Module, copying: Tensor) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def phase_of(step: int, phases: Sequence[Phase]) -> Phase:
-    """The phase that a step belongs to."""
-    for phase in phases:
-        if step < phase.steps:
-            return phase
-        step -= phase.steps
-    return phases[-1]
 
 
 def batches(mixture: Mixture, phases: Sequence[Phase]) -> Callable[[int, torch.Generator], tuple[MixedBatch, Tensor]]:
@@ -180,12 +165,8 @@ def train(
     out: str | Path, *, seed: int = 0, log: Callable[[dict[str, Any]], None] | None = None, steps: int | None = None
 ) -> Path:
     """Train from nothing; write model, tokenizer and card to `out`. steps: shorten the run (all phases alike)."""
-    total = sum(phase.steps for phase in PHASES)
-    phases = [replace(phase, steps=max(1, round(phase.steps * (steps or total) / total))) for phase in PHASES]
-    mixture = Mixture()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build()
+    phases, mixture = shortened(PHASES, steps), Mixture()
+    model = seeded(build, seed)
     history = fit(
         model,
         batches(mixture, phases),
@@ -193,7 +174,7 @@ def train(
         steps=sum(phase.steps for phase in phases),
         seed=seed,
         optimiser=OptimiserSpec(lr=LEARNING_RATE),
-        schedule=trapezoid(warmup=100, decay=0.4),
+        schedule=trapezoid(warmup=WARM_UP, decay=DECAY),
         log=log,
         masks=dead_masks(),
     )
@@ -209,22 +190,13 @@ def finish(
     model = model.to(torch.bfloat16).float()  # what ships is what was measured
     card = {
         "summary": SUMMARY,
-        "seed": seed,
-        "steps": sum(phase.steps for phase in phases),
-        "minutes": round(history.seconds / 60, 1),
-        "cpu_minutes": round(history.cpu_seconds / 60, 1),
-        "threads": torch.get_num_threads(),
+        **ran(history, phases, seed),
         "recipe": {
-            "phases": [asdict(phase) for phase in phases],
-            "optimiser": f"AdamW {LEARNING_RATE}, betas 0.9 0.98, warm-up 100, linear fall over the last 40 %, clip 1",
+            **recipe(phases, rate=LEARNING_RATE, warmup=WARM_UP, decay=DECAY),
             "loss": "mean of the answers of each task, summed with weights",
             "weights": WEIGHTS,
         },
-        "masked": {
-            "dead": [f"{layer}.{head}" for layer, head in DEAD],
-            "copying": [f"{layer}.{head}" for layer, heads in COPYING.items() for head in heads],
-            "note": "roles were encouraged: dead heads are no controls, heads outside `copying` learned other tasks",
-        },
+        "masked": masked(),
         "losses": history.records[-1],
         "accuracies": evaluate(model, mixture),
     }
