@@ -24,12 +24,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "steering": {"ops", "attend", "hf", "tasks", "heads"},
     "adversarial": {"attend", "hf"},
     "training": BELOW_TRAINING | {"adversarial"},
+    "recipes": BELOW_TRAINING | {"training"},
     "specimens": BELOW_TRAINING | {"training"},
     "report": BELOW_TRAINING | {"training", "specimens"},
     "api": BELOW_TRAINING | {"training", "specimens", "report"},
     "papers": BELOW_TRAINING | {"training", "specimens", "report", "api"},
-    "commands": BELOW_TRAINING | {"training", "specimens", "report", "api", "papers"},
-    "cli": BELOW_TRAINING | {"training", "specimens", "report", "api", "papers", "commands"},
+    "commands": BELOW_TRAINING | {"training", "recipes", "specimens", "report", "api", "papers"},
+    "cli": BELOW_TRAINING | {"training", "recipes", "specimens", "report", "api", "papers", "commands"},
 }
 # What every part may use: the version, the errors, files and lazy names.
 BASE = {"", "errors"}

@@ -86,20 +86,30 @@ def _registry() -> Any:
 
 
 def train(
-    specimen: Annotated[str, typer.Argument(help="A specimen's name (see --list).")],
+    specimen: Annotated[str, typer.Argument(help="A specimen's name (see --list), or image-classifier.")],
     out: Annotated[Path | None, typer.Option("--out", help=f"Folder for the model ({DEFAULT_OUT}/SPECIMEN).")] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Fewer steps, for a trial.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="image-classifier: digits, scenes, a folder of pictures, or hub:NAME.")
+    ] = None,
+    attention: Annotated[
+        str | None, typer.Option("--attention", help="image-classifier: a class of headwise.attention.")
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Train a specimen again from nothing; write the model, its tokenizer and its card."""
+    """Train a specimen again from nothing, or an image classifier on your pictures; write the model and its figures."""
     from headwise.specimens.registry import specimen_names
 
     with output(as_json) as said:
+        if specimen == "image-classifier":
+            return _train_classifier(said, data or "digits", attention, out, steps, seed, as_json)
+        if data is not None or attention is not None:
+            raise InputError(f"train: --data and --attention are for image-classifier; {specimen} has its own data")
         if specimen not in specimen_names():
             from headwise.attend.addresses import nearest
 
-            known = specimen_names()
+            known = [*specimen_names(), "image-classifier"]
             raise InputError(
                 f"specimen: {specimen!r} is unknown; there are {', '.join(known)}{nearest(specimen, known)}"
             )
@@ -120,6 +130,32 @@ def train(
         for name, values in metrics.items():
             print(f"  {name}: {json.dumps(values)}")
         print(f"use it: headwise scan {made}")
+
+
+def _train_classifier(
+    said: Output, source: str, attention: str | None, out: Path | None, steps: int | None, seed: int, as_json: bool
+) -> None:
+    """The recipe of `recipes.image_classification`, with its defaults."""
+    from headwise._folders import writable_folder
+    from headwise.recipes.image_classification import load_images, train_image_classifier
+
+    folder = out if out is not None else Path(DEFAULT_OUT) / "image-classifier"
+    writable_folder(folder)
+    quiet_libraries()
+    started = time.monotonic()
+    images = load_images(source, seed=seed)
+    said.log(f"training on {len(images.train)} images of {len(images.classes)} classes")
+    options: dict[str, Any] = {} if steps is None else {"steps": steps}
+    name = attention or "SoftmaxAttention"
+    found = train_image_classifier(images, attention=name, out=folder, seed=seed, **options)
+    figures = {"accuracy": found.accuracy, "parameters": found.parameters, "flops": found.flops, "loss": found.loss}
+    seconds = round(time.monotonic() - started, 1)
+    if as_json:
+        return said.write(
+            document(data=images.name, attention=name, seconds=seconds, metrics=figures, folder=str(folder))
+        )
+    print(f"{name} on {images.name}: {found.accuracy:.1%} of {len(images.test)} test images right")
+    print(f"{found.parameters:,} parameters, {found.flops:,} operations an image, {seconds:.0f} s, written to {folder}")
 
 
 def _map_heads(said: Output, folder: Path, name: str, seed: int) -> None:

@@ -1,0 +1,306 @@
+"""Image classification with the attention of your choice: digits, scenes, a folder of pictures or a hub data set.
+
+One `SmallViT` whose attention is a class of `headwise.attention`, trained by transformers' Trainer (so that
+`accelerate launch`, mixed precision and logging are its own), then measured on held-out images. `compare_attention`
+puts several mechanisms into one table, with what each costs.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from headwise.errors import InputError
+from headwise.models.small_vit import SmallViT, SmallViTConfig
+from headwise.ops.counting import flops
+from headwise.tasks.digits import digit_images
+from headwise.tasks.scene_shapes import SHAPES
+from headwise.tasks.scenes import object_scenes
+
+__all__ = ["ImageSet", "TrainedClassifier", "compare_attention", "load_images", "train_image_classifier"]
+
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+HELD_OUT = 5  # one of so many files of a folder without a test part is kept for testing
+
+
+class _Tensors(Dataset):
+    """Images that lie in memory."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"pixel_values": self.images[index], "labels": self.labels[index]}
+
+
+class _Pictures(Dataset):
+    """Pictures that are opened when they are asked for."""
+
+    def __init__(self, items: Sequence[tuple[Any, int]], open_picture: Callable[[Any], Tensor]) -> None:
+        self.items, self.open_picture = items, open_picture
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        picture, label = self.items[index]
+        return {"pixel_values": self.open_picture(picture), "labels": torch.tensor(label)}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images of one size `[c h w]` in [0, 1], for training and for testing."""
+
+    name: str
+    train: Dataset
+    test: Dataset
+    classes: tuple[str, ...]
+    size: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class TrainedClassifier:
+    """A trained network, the share of test images that it names right, and what it costs.
+
+    flops: of one image, two for each multiply-accumulate, by counting.
+    """
+
+    model: SmallViT
+    accuracy: float
+    parameters: int
+    flops: int
+    loss: float
+
+
+def load_images(source: str, *, size: int | None = None, train: int = 1200, seed: int = 0) -> ImageSet:
+    """Images to classify.
+
+    source: "digits" (8 x 8, the split that the papers share; train is 200, 600 or 1200 images); "scenes" (one object on
+    a gradient, the class is its shape; train of them, and half as many to test); a folder with a folder of pictures
+    for each class, or with `train` and `test` (or `val`) holding such folders; or "hub:NAME", a data set with a column
+    of images and one of labels (extra: data). size: side in pixels that pictures are resized to; 32 unless given.
+
+    Raises InputError for a source that holds no labelled pictures.
+    """
+    if source == "digits":
+        data = digit_images(train)
+        sets = _Tensors(data.images, data.labels), _Tensors(data.test_images, data.test_labels)
+        return ImageSet("digits", *sets, classes=tuple("0123456789"), size=(1, 8, 8))
+    if source == "scenes":
+        return _scenes(size or 32, train, seed)
+    if source.startswith("hub:"):
+        return _hub(source.removeprefix("hub:"), size or 32)
+    return _folder(Path(source), size or 32)
+
+
+def train_image_classifier(
+    data: ImageSet,
+    *,
+    attention: str | Sequence[str] = "SoftmaxAttention",
+    attention_options: dict[str, Any] | None = None,
+    steps: int = 600,
+    batch: int = 64,
+    learning_rate: float = 2e-3,
+    weight_decay: float = 0.05,
+    out: str | Path | None = None,
+    seed: int = 0,
+    network: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> TrainedClassifier:
+    """Train one classifier and test it. out: folder that the model is written to; None writes nothing.
+
+    network: sizes of `SmallViTConfig` other than its defaults. training: further `TrainingArguments`, such as
+    `bf16=True`; with more processes start the caller by `accelerate launch`. AdamW, one cosine after 5 % of warm-up.
+    """
+    import tempfile
+
+    from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+
+    channels, height, width = data.size
+    set_seed(seed)
+    sizes: dict[str, Any] = {"patch_size": _patch(height, width), **(network or {})}
+    config = SmallViTConfig(
+        image_size=[height, width],
+        num_channels=channels,
+        id2label=dict(enumerate(data.classes)),
+        label2id={name: index for index, name in enumerate(data.classes)},
+        attention=attention,
+        attention_options=attention_options,
+        **sizes,
+    )
+    model = SmallViT(config)
+    example = torch.zeros(1, *data.size)
+    with tempfile.TemporaryDirectory() as scratch:
+        options: dict[str, Any] = {
+            "output_dir": scratch if out is None else str(out),
+            "max_steps": steps,
+            "per_device_train_batch_size": batch,
+            "per_device_eval_batch_size": 256,
+            "learning_rate": learning_rate,
+            "weight_decay": weight_decay,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": max(1, steps // 20),
+            "seed": seed,
+            "report_to": [],
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            **(training or {}),
+        }
+        trainer = Trainer(
+            model,
+            TrainingArguments(**options),
+            train_dataset=data.train,
+            eval_dataset=data.test,
+            compute_metrics=_accuracy,
+        )
+        trainer.remove_callback(PrinterCallback)  # stdout is the caller's
+        trainer.train()
+        figures = trainer.evaluate()
+        if out is not None:
+            trainer.save_model(str(out))
+    return TrainedClassifier(
+        model=model.eval(),
+        accuracy=figures["eval_accuracy"],
+        parameters=sum(p.numel() for p in model.parameters()),
+        flops=flops(model, (example.to(model.device),)),
+        loss=figures["eval_loss"],
+    )
+
+
+def compare_attention(
+    data: ImageSet,
+    mechanisms: Mapping[str, Mapping[str, Any]] | Iterable[str],
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """One row for each mechanism: accuracy of every seed, their mean, parameters and operations for an image.
+
+    mechanisms: classes of `headwise.attention` by name, or name in the table -> arguments of `train_image_classifier`
+    (`attention`, `attention_options`, `network`). options: what all of them share.
+    """
+    table = mechanisms if isinstance(mechanisms, Mapping) else {name: {"attention": name} for name in mechanisms}
+    rows = []
+    for name, own in table.items():
+        runs = [train_image_classifier(data, seed=seed, **{**options, **own}) for seed in seeds]
+        accuracies = [run.accuracy for run in runs]
+        rows.append(
+            {
+                "mechanism": name,
+                "accuracy": sum(accuracies) / len(accuracies),
+                "accuracies": accuracies,
+                "parameters": runs[0].parameters,
+                "flops": runs[0].flops,
+            }
+        )
+    return rows
+
+
+def _accuracy(prediction: Any) -> dict[str, float]:
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
+
+
+def _patch(height: int, width: int) -> int:
+    """A patch that divides both sides: 8 or more along the shorter one, 4 or more on pictures below 32 pixels."""
+    side = min(height, width)  # single pixels as tokens did not train on digits
+    return next(p for p in range(max(1, side // (8 if side >= 32 else 4)), 0, -1) if height % p == 0 == width % p)
+
+
+def _scenes(size: int, train: int, seed: int) -> ImageSet:
+    def part(count: int, start: int) -> _Tensors:
+        made = object_scenes(count, size=size, min_objects=1, max_objects=1, scale=(0.2, 0.35), seed=seed, start=start)
+        return _Tensors(made.image[:, 0], made.shape[:, 0])
+
+    sets = part(train, 0), part(max(1, train // 2), train)
+    return ImageSet("scenes", *sets, classes=tuple(SHAPES), size=(3, size, size))
+
+
+def _tensor(picture: Any, size: int) -> Tensor:
+    import numpy
+
+    pixels = numpy.asarray(picture.convert("RGB").resize((size, size)), dtype=numpy.float32) / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _folder(root: Path, size: int) -> ImageSet:
+    from PIL import Image
+
+    if not root.is_dir():
+        raise InputError(f"data: {root} is no folder; expected digits, scenes, a folder of pictures, or hub:NAME")
+
+    def labelled(part: Path) -> dict[str, list[Path]]:
+        return {
+            folder.name: found
+            for folder in sorted(part.iterdir())
+            if folder.is_dir() and (found := sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES))
+        }
+
+    def open_picture(path: Path) -> Tensor:
+        try:
+            with Image.open(path) as picture:
+                return _tensor(picture, size)
+        except OSError as error:
+            raise InputError(f"data: {path} cannot be read as a picture ({error})") from error
+
+    test = next((root / name for name in ("test", "val", "validation") if (root / name).is_dir()), None)
+    parts = (labelled(root / "train"), labelled(test)) if test is not None and (root / "train").is_dir() else None
+    if parts is None:
+        every = labelled(root)
+        parts = (
+            {name: [p for i, p in enumerate(files) if i % HELD_OUT] for name, files in every.items()},
+            {name: files[::HELD_OUT] for name, files in every.items()},
+        )
+    classes = tuple(sorted(parts[0]))
+    if len(classes) < 2 or not all(parts[0].values()):
+        raise InputError(
+            f"data: {root} holds {len(classes)} folders of pictures; expected two or more classes, two pictures each"
+        )
+    if unknown := sorted(set(parts[1]) - set(classes)):
+        raise InputError(f"data: {root} tests the class {unknown[0]!r}, of which it has no training pictures")
+    sets = (
+        _Pictures([(path, classes.index(name)) for name in part for path in part[name]], open_picture) for part in parts
+    )
+    return ImageSet(root.name, *sets, classes=classes, size=(3, size, size))
+
+
+def _hub(name: str, size: int) -> ImageSet:
+    from datasets import ClassLabel, Image, load_dataset  # pyright: ignore[reportMissingImports]
+
+    loaded: Any = load_dataset(name)
+    first = loaded.get("train")
+    other = next((loaded[part] for part in ("test", "validation", "valid") if part in loaded), None)
+    if first is None:
+        raise InputError(f"data: hub:{name} has the parts {', '.join(loaded)}; expected one called train")
+    if other is None:
+        halves = first.train_test_split(test_size=1 / HELD_OUT, seed=0)
+        first, other = halves["train"], halves["test"]
+    kinds = {column: type(feature) for column, feature in first.features.items()}
+    image = next((column for column, kind in kinds.items() if kind is Image), None)
+    label = next((column for column, kind in kinds.items() if kind is ClassLabel), None)
+    if image is None or label is None:
+        raise InputError(
+            f"data: hub:{name} has the columns {', '.join(first.features)}; expected one of images and one of classes"
+        )
+
+    class Rows(Dataset):
+        def __init__(self, rows: Any) -> None:
+            self.rows = rows
+
+        def __len__(self) -> int:
+            return len(self.rows)
+
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            row = self.rows[int(index)]
+            return {"pixel_values": _tensor(row[image], size), "labels": torch.tensor(row[label])}
+
+    return ImageSet(name, Rows(first), Rows(other), classes=tuple(first.features[label].names), size=(3, size, size))
