@@ -29,7 +29,8 @@ def test_digits_are_learned_and_written(tmp_path):
     found = train_image_classifier(load_images("digits", train=600), steps=220, out=tmp_path, seed=1)
     assert found.accuracy > 0.5
     again = SmallViT.from_pretrained(tmp_path).eval()
-    images = load_images("digits").test.images[:9]
+    test = load_images("digits").test
+    images = torch.stack([test[index]["pixel_values"] for index in range(9)])
     torch.testing.assert_close(again(images).logits, found.model(images).logits)
     assert again.config.id2label[3] == "3"
 
@@ -43,7 +44,7 @@ def test_the_same_seed_gives_the_same_network():
 def test_scenes_hold_one_object_of_a_named_shape():
     data = load_images("scenes", train=20, size=16)
     assert data.size == (3, 16, 16) and len(data.train) == 20 and len(data.test) == 10
-    assert set(data.train.labels.tolist()) <= set(range(len(data.classes)))
+    assert {int(data.train[index]["labels"]) for index in range(20)} <= set(range(len(data.classes)))
 
 
 def test_a_folder_of_pictures(folder, capsys):

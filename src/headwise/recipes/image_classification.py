@@ -27,7 +27,14 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".
 HELD_OUT = 5  # one of so many files of a folder without a test part is kept for testing
 
 
-class _Tensors(Dataset):
+class Labelled(Dataset):
+    """Images and labels by number, as the Trainer takes them."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+class _Tensors(Labelled):
     """Images that lie in memory."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
@@ -40,7 +47,7 @@ class _Tensors(Dataset):
         return {"pixel_values": self.images[index], "labels": self.labels[index]}
 
 
-class _Pictures(Dataset):
+class _Pictures(Labelled):
     """Pictures that are opened when they are asked for."""
 
     def __init__(self, items: Sequence[tuple[Any, int]], open_picture: Callable[[Any], Tensor]) -> None:
@@ -59,8 +66,8 @@ class ImageSet:
     """Labelled images of one size `[c h w]` in [0, 1], for training and for testing."""
 
     name: str
-    train: Dataset
-    test: Dataset
+    train: Labelled
+    test: Labelled
     classes: tuple[str, ...]
     size: tuple[int, int, int]
 
@@ -292,7 +299,7 @@ def _hub(name: str, size: int) -> ImageSet:
             f"data: hub:{name} has the columns {', '.join(first.features)}; expected one of images and one of classes"
         )
 
-    class Rows(Dataset):
+    class Rows(Labelled):
         def __init__(self, rows: Any) -> None:
             self.rows = rows
 
