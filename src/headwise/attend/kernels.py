@@ -268,7 +268,7 @@ def attention_gradients(
     mask: Tensor | None = None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for q, k and v of `attention_with_lse`, from what it returned, for callers with a backward of their own.
+    """Gradients for q, k and v of `attention_with_lse` from what it returned, for callers with a backward of their own.
 
     mask: additive, four dimensions, in the dtype of q; every row sees a key. Nothing is checked.
     """

@@ -37,6 +37,14 @@ def _order(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         return order, order.argsort()
 
 
+def _sees(axes: Sequence[Axis], i: Sequence[Tensor], j: Sequence[Tensor]) -> Tensor:
+    """Whether queries at coordinates i see keys at coordinates j."""
+    seen = axes[0].sees(i[0], j[0])
+    for axis, a, b in zip(axes[1:], i[1:], j[1:], strict=True):
+        seen = seen & axis.sees(a, b)
+    return seen
+
+
 @lru_cache(maxsize=32)
 def _block_mask(axes: tuple[Axis, ...], device: torch.device, compiled: bool) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
@@ -46,13 +54,8 @@ def _block_mask(axes: tuple[Axis, ...], device: torch.device, compiled: bool) ->
         coordinates = torch.unravel_index(_order(lengths)[0], lengths)
         places = [one.to(device) for one in coordinates]
 
-        def mask_mod(b, h, q_index, kv_index):
-            seen = axes[0].sees(places[0][q_index], places[0][kv_index])
-            for axis, place in zip(axes[1:], places[1:], strict=True):
-                seen = seen & axis.sees(place[q_index], place[kv_index])
-            return seen
-
         tokens = len(places[0])
+        mask_mod = lambda b, h, i, j: _sees(axes, [at[i] for at in places], [at[j] for at in places])  # noqa: E731
         return create_block_mask(mask_mod, None, None, tokens, tokens, device=device, _compile=compiled)
 
 

@@ -110,15 +110,15 @@ def tiles_backward(
         plan = plan_of(inner)
         for tile in plan.tiles:
             mask = plan.mask(tile, q)
-            rows = [None if x is None else _take(x, tile.queries) for x in (dgo, dgl, gq)]
-            columns = [_take(x, tile.keys) for x in (gk, gv)]
-            known = [_take(x, tile.queries) for x in (go, gl)]
+            go_t, gl_t, dgo_t, q_t = (_take(x, tile.queries) for x in (go, gl, dgo, gq))
+            dgl_t = None if dgl is None else _take(dgl, tile.queries)
+            k_t, v_t = _take(gk, tile.keys), _take(gv, tile.keys)
             if grad_bias is None or bias is None:
-                found = attention_gradients(*rows, *columns, *known, mask=mask, scale=scale)  # pyright: ignore[reportArgumentType]
+                found = attention_gradients(dgo_t, dgl_t, q_t, k_t, v_t, go_t, gl_t, mask=mask, scale=scale)
             else:
                 index = plan.bias_index(tile, q.device)
                 added = _bias_of(bias, index, mask, work)
-                *found, scores = _gradients_with_bias(*rows, *columns, *known, added, scale)  # pyright: ignore[reportArgumentType]
+                *found, scores = _gradients_with_bias(dgo_t, dgl_t, q_t, k_t, v_t, go_t, gl_t, added, scale)
                 grad_bias.index_add_(1, index.flatten(), scores.sum(0).flatten(1))
             target = _box(dq, tile.queries)
             target.copy_(found[0].reshape(target.shape))
@@ -151,10 +151,10 @@ def _gradients_with_bias(
     if grad_lse is not None:
         offset = offset - grad_lse[..., None]
     scores = weights * (grad_out @ v.mT - offset)
-    found = scores @ k * scale, scores.mT @ q * scale, weights.mT @ grad_out
+    grad_k, grad_v = scores.mT @ q * scale, weights.mT @ grad_out
     if repeats > 1:
-        found = found[0], *(x.unflatten(1, (-1, repeats)).sum(2) for x in found[1:])
-    return *found, scores
+        grad_k, grad_v = (x.unflatten(1, (-1, repeats)).sum(2) for x in (grad_k, grad_v))
+    return scores @ k * scale, grad_k, grad_v, scores
 
 
 # The operator: opaque to torch.compile, differentiable, and counted by torch's FLOP counter.

@@ -12,7 +12,6 @@ NAT, DiNAT (dilated) and generalized neighbourhood attention (strided).
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -39,27 +38,26 @@ __all__ = [
 
 Size = int | Sequence[int]
 Flag = bool | Sequence[bool]
-Backend = Literal["auto", "reference", "tiled", "cpp", "flex", "natten"]
 BACKENDS = ("auto", "reference", "tiled", "cpp", "flex", "natten")
 CPP_PAIRS = 2**18  # query-key pairs of all heads from which compiling (once) and calling the kernel is worth it
 
 
 def neighborhood_attention(
-    q: Float[Tensor, "b *S h d"],
-    k: Float[Tensor, "b *S n d"],
-    v: Float[Tensor, "b *S n e"],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     kernel_size: Size,
     *,
     stride: Size = 1,
     dilation: Size = 1,
     is_causal: Flag = False,
     scale: float | None = None,
-    bias: Float[Tensor, "h ..."] | None = None,
+    bias: Tensor | None = None,
     extra_kv: tuple[Tensor, Tensor] | None = None,
     return_lse: bool = False,
-    layout: Literal["heads_last", "heads_first"] = "heads_last",
+    layout: str = "heads_last",
     clip_window: bool = False,
-    backend: Backend = "auto",
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend to the neighbours of every position: q's shape with the size of v.
 
@@ -76,6 +74,8 @@ def neighborhood_attention(
     backend: "reference" makes every score; "tiled" is plain torch and fast; "cpp" a kernel compiled at first use
     (float32 on CPUs; its backward is the tiled one); "flex" FlexAttention, for CUDA; "natten" NATTEN's CUDA library.
     "auto": flex on CUDA without bias, cpp on CPUs for large float32 calls where there is a compiler, else tiled.
+
+    Not-a-number is not looked for: a key that holds one reaches every query of its tile, not only those that see it.
 
     Returns out, and with return_lse the natural log of the softmax denominator `[b *S h]` (heads first: `[b h *S]`).
     Raises ValueError for shapes and windows that do not fit (kernel * dilation <= length, stride <= kernel), naming
@@ -98,7 +98,7 @@ def neighborhood_attention(
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     extra = None if extra_kv is None else _check_extra(extra_kv, q, k, v, last)
     chosen = _choose(backend, q, v, bias, axes)
-    if torch.is_autocast_enabled(q.device.type):
+    if q.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(q.device.type):
         wanted = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x if x.dtype == torch.float64 else x.to(wanted) for x in (q, k, v))
         extra = None if extra is None else (extra[0].to(q.dtype), extra[1].to(q.dtype))
@@ -159,7 +159,7 @@ def _choose(backend: str, q: Tensor, v: Tensor, bias: Tensor | None, axes: list[
     if backend == "auto":
         if q.device.type == "cuda" and bias is None and q.shape[-1] == v.shape[-1] and q.shape[-1] >= 16:
             return "flex"
-        pairs = math.prod(q.shape[:-1]) * math.prod(axis.kernel for axis in axes)
+        pairs = math.prod(q.shape[:-1]) * math.prod([axis.kernel for axis in axes])
         worth = q.device.type == "cpu" and q.dtype == torch.float32 and pairs >= CPP_PAIRS
         # Under autocast the call is not in float32; while tracing nothing may be compiled.
         worth = worth and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
@@ -205,16 +205,16 @@ def neighborhood_mask_mod(
     lengths = (shape,) if isinstance(shape, int) else tuple(shape)
     axes = axes_of(lengths, kernel_size, stride, dilation, is_causal)
 
-    def mask_mod(b: Tensor, h: Tensor, q_index: Tensor, kv_index: Tensor) -> Tensor:
-        seen, i, j = None, q_index, kv_index
-        for axis in reversed(axes):
-            one = axis.sees(i % axis.length, j % axis.length)
-            seen = one if seen is None else seen & one
-            i, j = i // axis.length, j // axis.length
-        assert seen is not None  # there is at least one axis
-        return seen
+    return lambda b, h, q_index, kv_index: _sees(axes, q_index, kv_index)
 
-    return mask_mod
+
+def _sees(axes: Sequence[Axis], i: Tensor, j: Tensor) -> Tensor:
+    """Whether queries i see keys j, both in row-major order."""
+    seen = torch.ones((), dtype=torch.bool, device=i.device)
+    for axis in reversed(axes):
+        seen = seen & axis.sees(i % axis.length, j % axis.length)
+        i, j = i // axis.length, j // axis.length
+    return seen
 
 
 def _dense_mask(axes: Sequence[Axis], device: torch.device) -> Tensor:
@@ -379,7 +379,7 @@ class NeighborhoodAttention(nn.Module):
         clip_window: bool = False,
         qkv_bias: bool = True,
         dropout: float = 0.0,
-        backend: Backend = "auto",
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -421,7 +421,7 @@ class NeighborhoodAttention(nn.Module):
                 )
             grid = self.grid_size
         width, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        parts = self.qkv(x).view(shape[0], *grid, -1).split([width, kv, kv], -1)
+        parts = self.qkv(x).view(shape[0], *grid, width + 2 * kv).split([width, kv, kv], -1)
         q, k, v = (
             one.unflatten(-1, (heads, self.head_dim))
             for one, heads in zip(parts, (self.num_heads, self.num_kv_heads, self.num_kv_heads), strict=True)
