@@ -241,9 +241,7 @@ def test_limits(backend):
     torch.testing.assert_close(attend((6, 7)), full, atol=2e-6, rtol=1e-5)
     assert torch.equal(attend(1), v) or torch.allclose(attend(1), v, atol=1e-7)
     parts = [x.unflatten(1, (3, 2)).flatten(2, 3).flatten(0, 1).transpose(1, 2) for x in (q, k, v)]
-    blocked = (
-        sdpa(*parts).transpose(1, 2).unflatten(0, (2, 3)).unflatten(2, (2, 7)).flatten(1, 2)
-    )
+    blocked = sdpa(*parts).transpose(1, 2).unflatten(0, (2, 3)).unflatten(2, (2, 7)).flatten(1, 2)
     torch.testing.assert_close(attend((2, 7), stride=(2, 7)), blocked, atol=2e-6, rtol=1e-5)
     line = [x.flatten(1, 2) for x in (q, k, v)]
     causal = neighborhood_attention(*line, 42, is_causal=True, backend=backend)

@@ -34,9 +34,7 @@ def text_models() -> tuple[Any, Any]:
     torch.manual_seed(0)
     llama: Any = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
     mistral: Any = MistralForCausalLM(
-        MistralConfig(
-            **sizes, sliding_window=WINDOW, rope_parameters=llama.config.rope_parameters
-        )
+        MistralConfig(**sizes, sliding_window=WINDOW, rope_parameters=llama.config.rope_parameters)
     ).eval()
     mistral.set_attn_implementation("eager")
     mistral.load_state_dict(llama.state_dict())

@@ -141,9 +141,9 @@ def size(spans: Sequence[tuple[int, int]]) -> int:
 
 
 def tile_size(axis: Axis, rank: int) -> int:
-    """Queries of a tile along one axis. Measured on CPUs: a tile about as wide as the window in two dimensions, 32 to
-    128 queries in one; whole blocks where windows move in strides."""
-    low, high = {1: (32, 128), 2: (4, 16), 3: (2, 6)}[rank]
+    """Queries of a tile along one axis. Measured on CPUs: a tile about as wide as the window in two dimensions, 64
+    to 128 queries in one; whole blocks where windows move in strides."""
+    low, high = {1: (64, 128), 2: (4, 16), 3: (2, 6)}[rank]
     wanted = min(max(axis.kernel, low), high)
     if rank == 1:
         wanted = min(max(axis.kernel // 4, low), high)

@@ -73,12 +73,14 @@ def flex(q: Tensor, k: Tensor, v: Tensor, axes: Sequence[Axis], scale: float) ->
 
     grid, rank = q.shape[2:-1], len(axes)
     order, back = (x.to(q.device) for x in _order(tuple(grid)))
-    flat = [x.flatten(2, 1 + rank)[:, :, order] for x in (q, k, v)]
+    q, k, v = (x.flatten(2, 1 + rank)[:, :, order] for x in (q, k, v))
     on_gpu = q.device.type == "cuda"
     mask = _block_mask(tuple(axes), q.device, on_gpu)
-    attend = _compiled() if on_gpu else flex_attention
+    attend: Any = _compiled() if on_gpu else flex_attention
     out, aux = attend(
-        *flat,
+        q,
+        k,
+        v,
         block_mask=mask,
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
