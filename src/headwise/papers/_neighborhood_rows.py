@@ -420,4 +420,6 @@ def draw(run: Run, times: Sequence[Timed]) -> None:
             }
             bars(axes, [one.name.replace(" ", "\n") for one in some], series, y="ms, one thread", title=dtype)
             axes.set_yscale("log")
+            axes.set_ylim(top=30 * max(max(values) for values in series.values()))  # room for the legend
+            axes.legend(ncol=2, fontsize=8, loc="upper left")
     run.figures.append(path)
