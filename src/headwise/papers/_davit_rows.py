@@ -67,8 +67,8 @@ def orthogonal(run: Run) -> Measured:
     margin = 1e-12 - max(apart, whole, moved)
     return Measured(
         measured=(
-            f"channel attention on transposed tensors differs by {apart:.0e}, a window of the whole map by {whole:.0e}, "
-            f"permuted positions by {moved:.0e}"
+            f"channel attention on transposed tensors differs by {apart:.0e}, a window of the whole map by "
+            f"{whole:.0e}, permuted positions by {moved:.0e}"
         ),
         holds=margin >= 0,
         margin=margin,
@@ -78,7 +78,7 @@ def orthogonal(run: Run) -> Measured:
 
 def _attention_cost(layer: nn.Module, x: Tensor, linear: int) -> float:
     """Operations of a layer without its linear ones: `linear` multiply-adds for every position."""
-    return flops(layer, (x,)) - 2 * linear * x[0, ..., 0].numel()
+    return float(flops(layer, (x,)) - 2 * linear * x[0, ..., 0].numel())
 
 
 def per_position(side: int, window: int) -> float:

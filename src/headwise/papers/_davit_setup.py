@@ -129,7 +129,8 @@ def chance(seed: int) -> tuple[float, float]:
 def on_meta(name: str, **changes: Any) -> DaViTForImageClassification:
     """A classifier for 1,000 classes without memory."""
     with torch.device("meta"):
-        return DaViTForImageClassification(DaViTConfig.preset(name, num_labels=1000, **changes)).eval()
+        model = DaViTForImageClassification(DaViTConfig.preset(name, num_labels=1000, **changes)).eval()
+    return model.to("meta")
 
 
 def multiply_adds(model: nn.Module, size: int) -> float:
@@ -143,8 +144,8 @@ def vit_multiply_adds(size: int) -> float:
 
     sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6}
     with torch.device("meta"):
-        model = ViTModel(ViTConfig(**sizes, image_size=size), add_pooling_layer=False).eval()
-    return multiply_adds(model, size)
+        model: Any = ViTModel(ViTConfig(**sizes, image_size=size), add_pooling_layer=False).eval()
+    return multiply_adds(model.to("meta"), size)
 
 
 def reach(kinds: str, seed: int) -> int:

@@ -68,9 +68,9 @@ PAPER = Paper(
             ),
             criterion=(
                 "for Tiny, Small and Base the multiply-adds at 448 and at 672 pixels are 3.99 to 4.01 and 8.98 to 9.02 "
-                "times those at 224; and of one layer, grouped attention costs as many multiply-adds for every position "
-                "at 784 as at 3,136 positions, and as many for every channel at 96 as at 768 channels of groups of 32, "
-                "to 1e-9, its linear layers left out"
+                "times those at 224; and of one layer, grouped attention costs as many multiply-adds for every "
+                "position at 784 as at 3,136 positions, and as many for every channel at 96 as at 768 channels of "
+                "groups of 32, to 1e-9, its linear layers left out"
             ),
             control="the same layers with one window for all positions, and with one group for all channels",
         ),
