@@ -34,13 +34,13 @@ def channel_attention(
     >>> channel_attention(x, x, x, scale=0.0)[0, 0].tolist()
     [[0.5, 0.5], [0.5, 0.5]]
     """
-    if isinstance(scale, str):
-        if scale != "tokens":
-            raise ValueError(f"channel_attention: scale is {scale!r}; expected a number, None or 'tokens'")
-        scale = max(1, q.shape[-2]) ** -0.5
-    elif scale is None:
-        scale = q.shape[-1] ** -0.5
-    logits = (q * scale).mT @ k
+    if isinstance(scale, str) and scale != "tokens":
+        raise ValueError(f"channel_attention: scale is {scale!r}; expected a number, None or 'tokens'")
+    if scale is None or isinstance(scale, str):
+        factor = float(max(1, q.shape[-1 if scale is None else -2])) ** -0.5
+    else:
+        factor = float(scale)
+    logits = (q * factor).mT @ k
     weights = logits.to(torch.promote_types(q.dtype, torch.float32)).softmax(-1).to(v.dtype)
     return v @ weights.mT
 

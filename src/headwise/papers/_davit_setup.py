@@ -129,7 +129,7 @@ def chance(seed: int) -> tuple[float, float]:
 def on_meta(name: str, **changes: Any) -> DaViTForImageClassification:
     """A classifier for 1,000 classes without memory."""
     with torch.device("meta"):
-        model = DaViTForImageClassification(DaViTConfig.preset(name, num_labels=1000, **changes)).eval()
+        model: Any = DaViTForImageClassification(DaViTConfig.preset(name, num_labels=1000, **changes)).eval()
     return model.to("meta")
 
 
@@ -142,7 +142,8 @@ def vit_multiply_adds(size: int) -> float:
     """ViT-S/16 of transformers, without a head."""
     from transformers import ViTConfig, ViTModel
 
-    sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6}
+    sizes: dict[str, Any] = {"hidden_size": 384, "intermediate_size": 1536}
+    sizes |= {"num_hidden_layers": 12, "num_attention_heads": 6}
     with torch.device("meta"):
         model: Any = ViTModel(ViTConfig(**sizes, image_size=size), add_pooling_layer=False).eval()
     return multiply_adds(model.to("meta"), size)

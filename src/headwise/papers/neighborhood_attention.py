@@ -178,10 +178,10 @@ PAPER = Paper(
             ),
             control="gathered keys, with batched products or with sums, whichever is faster",
             known=(
-                "unfused 572 to 668 % (1-D) and 583 to 659 % (2-D), fused 677 to 774 % and 581 to 612 %: 1,607 % in 1-D "
-                "is not reached, and in 2-D the fused are no faster than the unfused. Halving the bytes makes gathering "
-                "nearly twice as fast here, and tiles no faster: this processor gains nothing from bfloat16 in products "
-                "of this size"
+                "unfused 572 to 668 % (1-D) and 583 to 659 % (2-D), fused 677 to 774 % and 581 to 612 %: 1,607 % in "
+                "1-D is not reached, and in 2-D the fused are no faster than the unfused. Halving the bytes makes "
+                "gathering nearly twice as fast here, and tiles no faster: this processor gains nothing from bfloat16 "
+                "in products of this size"
             ),
         ),
         Claim(
