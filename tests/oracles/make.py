@@ -21,25 +21,38 @@ HEADER = re.compile(r"^# /// script\n((?:#.*\n)+?)# ///$", re.MULTILINE)
 
 def dependencies(script: Path) -> list[str]:
     """What the script's header asks for. ValueError where it has no header."""
+    return header(script)["dependencies"]
+
+
+def alone(script: Path) -> list[str]:
+    """Packages of the header's `[tool.headwise] alone`: installed last, without what they depend on and built with what
+    is there, for peers that would pull another torch or need torch to build."""
+    return header(script).get("tool", {}).get("headwise", {}).get("alone", [])
+
+
+def header(script: Path) -> dict:
     found = HEADER.search(script.read_text(encoding="utf-8"))
     if found is None:
         raise ValueError(f"{script}: has no '# /// script' header; name its dependencies there")
     lines = [line.removeprefix("#").removeprefix(" ") for line in found[1].splitlines()]
-    return tomllib.loads("\n".join(lines))["dependencies"]
+    return tomllib.loads("\n".join(lines))
 
 
 def environment(script: Path) -> Path:
     """A Python with the script's dependencies, made on first use and again when they change."""
     folder = ROOT / ".venv-oracles" / script.stem
     python, stamp = folder / "bin" / "python", folder / ".installed"
-    wanted = dependencies(script)
-    if not stamp.is_file() or stamp.read_text() != "\n".join(wanted):
+    wanted, last = dependencies(script), alone(script)
+    if not stamp.is_file() or stamp.read_text() != "\n".join(wanted + last):
         venv.create(folder, with_pip=True, clear=True)
         # torch first and alone, so that a peer cannot pull a newer CUDA build.
         torch = [name for name in wanted if name.startswith("torch==")]
         for packages in filter(None, (torch, wanted)):
             subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
-        stamp.write_text("\n".join(wanted))
+        if last:
+            options = ["--quiet", "--no-deps", "--no-build-isolation"]
+            subprocess.run([python, "-m", "pip", "install", *options, *last], check=True)
+        stamp.write_text("\n".join(wanted + last))
     return python
 
 

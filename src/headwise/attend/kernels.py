@@ -15,7 +15,7 @@ from torch import Tensor
 from headwise.attend.blockwise import attention_blockwise, attention_blockwise_gradients
 from headwise.ops.masks import additive, empty_rows
 
-__all__ = ["attention_with_lse", "fused_available"]
+__all__ = ["attention_gradients", "attention_unchecked", "attention_with_lse", "fused_available"]
 
 _aten = torch.ops.aten
 _CPU_OPERATOR = hasattr(_aten, "_scaled_dot_product_flash_attention_for_cpu")
@@ -236,6 +236,54 @@ class _Attention(torch.autograd.Function):
         else:
             found = attention_blockwise_gradients(grad_out, grad_lse, q, k, v, out, lse, softcap=ctx.softcap, **options)
         return (*found, None, None, None, None)
+
+
+def attention_unchecked(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`attention_with_lse` for callers of many small calls, with a backward of their own: no gradient, no checks.
+
+    mask: additive, four dimensions, in the dtype of q; every row sees a key. Empty axes end the process.
+    """
+    if not fused_available(q, k, v):
+        return attention_blockwise(q, k, v, mask=mask, causal=False, scale=scale, softcap=None)
+    d, e = q.shape[-1], v.shape[-1]
+    if d < e:
+        q, k = F.pad(q, (0, e - d)), F.pad(k, (0, e - d))
+    elif e < d:
+        v = F.pad(v, (0, d - e))
+    out, lse = _fused(q, k, v, mask, False, scale)
+    return (out if d <= e else out[..., :e]), lse
+
+
+def attention_gradients(
+    grad_out: Float[Tensor, "b h t e"],
+    grad_lse: Float[Tensor, "b h t"] | None,
+    q: Float[Tensor, "b h t d"],
+    k: Float[Tensor, "b n s d"],
+    v: Float[Tensor, "b n s e"],
+    out: Float[Tensor, "b h t e"],
+    lse: Float[Tensor, "b h t"],
+    *,
+    mask: Tensor | None = None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for q, k and v of `attention_with_lse` from what it returned, for callers with a backward of their own.
+
+    mask: additive, four dimensions, in the dtype of q; every row sees a key. Nothing is checked.
+    """
+    if not (_CPU_GRADIENT and q.device.type == "cpu" and fused_available(q, k, v)):
+        return attention_blockwise_gradients(
+            grad_out, grad_lse, q, k, v, out, lse, mask=mask, causal=False, scale=scale, softcap=None
+        )
+    d, e = q.shape[-1], v.shape[-1]
+    if d < e:
+        q, k = F.pad(q, (0, e - d)), F.pad(k, (0, e - d))
+    elif e < d:
+        v, out, grad_out = (F.pad(x, (0, d - e)) for x in (v, out, grad_out))
+    options = {"mask": mask, "causal": False, "scale": scale}
+    grad_q, grad_k, grad_v = _fused_gradients(grad_out, grad_lse, q, k, v, out, lse, **options)
+    return grad_q[..., :d], grad_k[..., :d], grad_v[..., :e]
 
 
 def _fused_gradients(

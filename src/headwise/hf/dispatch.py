@@ -19,9 +19,13 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from headwise.errors import UnsupportedModel
 
-__all__ = ["NAME", "previous_function", "previous_name", "restore", "switch"]
+__all__ = ["NAME", "offer", "previous_function", "previous_name", "restore", "seen", "switch"]
 
 NAME = "headwise"
+
+# What a row of a mechanism that is offered under a name of its own sees: (module, query, key, mask) -> boolean mask.
+Seen = Callable[[nn.Module, Tensor, Tensor, Any], Tensor]
+_offered: dict[str, Seen] = {}
 
 LOCK = threading.RLock()
 
@@ -121,6 +125,23 @@ def _mask(*args, config: Any = None, **kwargs):
     if name == "eager":
         kwargs.pop("allow_is_causal_skip", None)
     return ALL_MASK_ATTENTION_FUNCTIONS[name](*args, config=config, **kwargs)
+
+
+def offer(name: str, function: Callable[..., tuple[Tensor, None]], sees: Seen, *, masks: str = "sdpa") -> None:
+    """Offer a mechanism as `attn_implementation=name`; probes and edits work on it as on any other implementation.
+
+    function: as the attention interface calls it. sees: the boolean mask, broadcastable to `[b h t s]`, that ordinary
+    softmax attention would need to give the same output. masks: the implementation whose mask function is used.
+    """
+    _offered[name] = sees
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masks])
+
+
+def seen(module: nn.Module, query: Tensor, key: Tensor, mask: Any) -> Any:
+    """The mask under which a module really attends: its own, or that of the mechanism it was switched to."""
+    sees = _offered.get(previous_name(module.config))
+    return mask if sees is None else sees(module, query, key, mask)
 
 
 AttentionInterface.register(NAME, _attention)

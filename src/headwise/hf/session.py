@@ -301,7 +301,8 @@ class Session:
         if kwargs.get("cache") is not None or "read_index" in kwargs:
             raise UnsupportedModel("continuous batching is not supported; call generate or the model itself")
         kind = self.kinds.get(tower, "causal")
-        call = read_call(module, query, key, value, attention_mask, scaling, kwargs, kind, step, self.step("encoder"))
+        seen = dispatch.seen(module, query, key, attention_mask)
+        call = read_call(module, query, key, value, seen, scaling, kwargs, kind, step, self.step("encoder"))
         call.tower, call.layer = tower, layer
         share = self._share(module, query.shape[1])
         if share is not None:
