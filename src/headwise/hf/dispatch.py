@@ -2,11 +2,15 @@
 
 Registered once, under one name, when this module is imported. Nothing happens to a model until a session switches its
 configs; a module that no session knows (two models may share a config) goes straight to its previous implementation.
+
+Mechanisms that work inside a trained model are offered under thin names, "headwise-...", which go through the same
+entry: their function gets the implementation beneath, which also makes the masks.
 """
 
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +23,20 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from headwise.errors import UnsupportedModel
 
-__all__ = ["NAME", "previous_function", "previous_name", "restore", "switch"]
+__all__ = [
+    "NAME",
+    "Mechanism",
+    "base_function",
+    "base_name",
+    "mechanism_of",
+    "offer",
+    "previous_function",
+    "previous_name",
+    "restore",
+    "switch",
+    "use_mechanism",
+    "was_converted",
+]
 
 NAME = "headwise"
 
@@ -37,6 +54,24 @@ class _Switched:
 
 
 _switched: dict[int, _Switched] = {}
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """A way to attend inside a trained model.
+
+    attend: `(module, query, key, value, mask, *, scaling, dropout, ...)` as the interface calls it; `base_function` is
+    what it may call. gates: with the same arguments, factors `[b t h]` that it puts on the heads of the implementation
+    beneath; edits of weights change what is gated. None: it is no such factor, and its weights cannot be edited.
+    """
+
+    attend: Callable[..., tuple[Tensor, Tensor | None]]
+    gates: Callable[..., Tensor | None] | None = None
+
+
+_mechanisms: dict[str, Mechanism] = {}
+
+_bases: dict[int, str] = {}  # id(config) -> the implementation beneath a mechanism, while the config lives
 
 # id(module) -> what handles its calls; the handler keeps the module alive.
 _handlers: dict[int, Callable[..., tuple[Tensor, Tensor | None]]] = {}
@@ -79,14 +114,68 @@ def previous_name(config: Any) -> str:
         return entry.previous
     if config._attn_implementation != NAME:
         return config._attn_implementation or "eager"
-    # Loaded with attn_implementation="headwise": what the class would have chosen by itself.
+    return _own_choice(config)
+
+
+def _own_choice(config: Any) -> str:
+    """What the model's class would have chosen by itself: for configs loaded with a name of headwise's."""
     cls = MODEL_MAPPING.get(type(config), None)
     return "sdpa" if getattr(cls, "_supports_sdpa", True) else "eager"
 
 
+def offer(name: str, mechanism: Mechanism) -> str:
+    """Make a mechanism available as `attn_implementation="headwise-<name>"`, and return that name."""
+    full = f"{NAME}-{name}"
+    _mechanisms[full] = mechanism
+    AttentionInterface.register(full, _attention)
+    AttentionMaskInterface.register(full, _mask)
+    return full
+
+
+def use_mechanism(config: Any, full: str | None) -> None:
+    """Switch a config to a mechanism for good, or with None back to the implementation beneath.
+
+    Raises RuntimeError while edits or probes are attached to a model with this config.
+    """
+    with LOCK:
+        if id(config) in _switched:
+            raise RuntimeError("convert: probes or edits are attached to a model with this config; remove them first")
+        base = base_name(config)
+        if full is not None and id(config) not in _bases:
+            _bases[id(config)] = base
+            weakref.finalize(config, _bases.pop, id(config), None)
+        config._attn_implementation_internal = base if full is None else full
+
+
+def mechanism_of(config: Any) -> Mechanism | None:
+    """The mechanism that a config was switched to or loaded with, beneath a session where there is one."""
+    return _mechanisms.get(previous_name(config))
+
+
+def was_converted(config: Any) -> bool:
+    """Whether `use_mechanism` switched this config, as against a config loaded with a mechanism's name."""
+    return id(config) in _bases
+
+
+def base_name(config: Any) -> str:
+    """The implementation that does the softmax: what the config had before any name of headwise's."""
+    name = previous_name(config)
+    return _bases.get(id(config), _own_choice(config)) if name in _mechanisms else name
+
+
+def base_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The function of `base_name`."""
+    return _function(module, base_name(module.config))
+
+
 def previous_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The attention function that a module would have called without headwise."""
-    name = previous_name(module.config)
+    return _function(module, previous_name(module.config))
+
+
+def _function(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    if name in _mechanisms:
+        return _mechanisms[name].attend
     if name != "eager":
         return ALL_ATTENTION_FUNCTIONS[name]
     for cls in type(module).__mro__:
@@ -117,7 +206,7 @@ def _attention(
 
 
 def _mask(*args, config: Any = None, **kwargs):
-    name = previous_name(config) if config is not None else "sdpa"
+    name = base_name(config) if config is not None else "sdpa"
     if name == "eager":
         kwargs.pop("allow_is_causal_skip", None)
     return ALL_MASK_ATTENTION_FUNCTIONS[name](*args, config=config, **kwargs)

@@ -306,18 +306,38 @@ class Session:
         share = self._share(module, query.shape[1])
         if share is not None:
             call.heads = share.numbers(query.shape[1])
-        plain = Plain(
-            previous, module, (query, key, value, attention_mask), {"scaling": scaling, "dropout": dropout, **kwargs}
-        )
+        arguments = (query, key, value, attention_mask)
+        options = {"scaling": scaling, "dropout": dropout, **kwargs}
+        gates = self._gates(module, arguments, options, edits)
+        if gates is not None:
+            previous = dispatch.base_function(module)  # edits change what is gated
+        plain = Plain(previous, module, arguments, options)
         self._refuse_moved_rows(call, edits)
         self._thread.call = (module, call)
         out = attend(call, edits, weights_probes if share is None else [], plain)
+        if gates is not None:
+            out = out * gates[..., None].to(out.dtype)
         if share is not None and weights_probes:
             self._read_all_heads(call, edits, weights_probes, share)
         weights = plain.weights
         if wants_weights and (edits or weights is None):
             weights = self._all_weights(call, edits)
         return out, weights
+
+    def _gates(self, module: nn.Module, arguments: tuple, options: dict, edits: list[BoundEdit]) -> Tensor | None:
+        """The factors that a mechanism inside the model puts on its heads, where edits must come before them."""
+        mechanism = dispatch.mechanism_of(module.config)
+        if mechanism is None or not edits:
+            return None
+        if mechanism.gates is not None:
+            return mechanism.gates(module, *arguments, **options)
+        wanted = [type(bound.edit).__name__ for bound in edits if not isinstance(bound.edit, OutputEdit)]
+        if wanted:
+            raise UnsupportedModel(
+                f"{wanted[0]}: the model attends by {dispatch.previous_name(module.config)}, whose weights cannot be "
+                "edited; edits of head outputs work (ScaleHeads, Ablate of mode zero, mean or resample)"
+            )
+        return None
 
     def _share(self, module: nn.Module, local: int) -> HeadShare | None:
         """How a module's heads are shared among processes, of which this one holds `local`."""
