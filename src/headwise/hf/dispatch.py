@@ -2,6 +2,10 @@
 
 Registered once, under one name, when this module is imported. Nothing happens to a model until a session switches its
 configs; a module that no session knows (two models may share a config) goes straight to its previous implementation.
+
+Mechanisms that stand in for a trained model's attention use the same entry: `offer` gives one a name for
+`attn_implementation=`, `assign` puts one in the place of a single module's attention. To a session it is then the
+previous implementation.
 """
 
 import sys
@@ -19,9 +23,23 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from headwise.errors import UnsupportedModel
 
-__all__ = ["NAME", "previous_function", "previous_name", "restore", "switch"]
+__all__ = [
+    "NAME",
+    "Mechanism",
+    "assign",
+    "mechanism_of",
+    "offer",
+    "previous_function",
+    "previous_name",
+    "restore",
+    "switch",
+    "unassign",
+]
 
 NAME = "headwise"
+
+# Called as transformers calls an attention function; returns outputs `[b t h e]` and weights or None.
+Mechanism = Callable[..., tuple[Tensor, Tensor | None]]
 
 LOCK = threading.RLock()
 
@@ -40,6 +58,49 @@ _switched: dict[int, _Switched] = {}
 
 # id(module) -> what handles its calls; the handler keeps the module alive.
 _handlers: dict[int, Callable[..., tuple[Tensor, Tensor | None]]] = {}
+
+_offered: dict[str, Mechanism] = {}
+
+# id(module) -> the module, kept alive, and what stands in for its attention.
+_assigned: dict[int, tuple[nn.Module, Mechanism]] = {}
+
+
+def offer(name: str, mechanism: Mechanism) -> None:
+    """Make `attn_implementation=name` mean a mechanism, for every model that asks for it.
+
+    The mechanism gets boolean masks (True = may attend) or None. Raises ValueError for a name that is taken, or that
+    transformers would take for something else ("/", "flash", "sdpa", "flex_attention", "paged|").
+    """
+    taken = name in ALL_ATTENTION_FUNCTIONS.valid_keys() and name not in _offered
+    if taken or any(part in name for part in ("/", "flash", "sdpa", "flex_attention", "paged|", "eager")):
+        raise ValueError(f"offer: {name!r} means something else to transformers; choose a name such as {NAME}-agent")
+    _offered[name] = mechanism
+    AttentionInterface.register(name, _attention)
+    AttentionMaskInterface.register(name, _mask)
+
+
+def assign(module: nn.Module, mechanism: Mechanism) -> None:
+    """Let a mechanism stand in for one module's attention until `unassign`. It gets the masks of the implementation
+    that the model has. Raises RuntimeError where another one stands there."""
+    with LOCK:
+        if id(module) in _assigned:
+            raise RuntimeError(f"{type(module).__name__}: a mechanism stands in for its attention already; remove it")
+        switch(module.config)
+        _assigned[id(module)] = (module, mechanism)
+
+
+def unassign(module: nn.Module) -> None:
+    """Undo `assign`."""
+    with LOCK:
+        del _assigned[id(module)]
+        restore(module.config)
+
+
+def mechanism_of(module: nn.Module) -> Mechanism | None:
+    """What stands in for a module's attention, None where its weights are those of a softmax over its keys."""
+    if id(module) in _assigned:
+        return _assigned[id(module)][1]
+    return _offered.get(previous_name(module.config))
 
 
 def switch(config: Any) -> None:
@@ -86,6 +147,9 @@ def previous_name(config: Any) -> str:
 
 def previous_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The attention function that a module would have called without headwise."""
+    mechanism = mechanism_of(module)
+    if mechanism is not None:
+        return mechanism
     name = previous_name(module.config)
     if name != "eager":
         return ALL_ATTENTION_FUNCTIONS[name]
@@ -118,6 +182,7 @@ def _attention(
 
 def _mask(*args, config: Any = None, **kwargs):
     name = previous_name(config) if config is not None else "sdpa"
+    name = "sdpa" if name in _offered else name
     if name == "eager":
         kwargs.pop("allow_is_causal_skip", None)
     return ALL_MASK_ATTENTION_FUNCTIONS[name](*args, config=config, **kwargs)

@@ -297,6 +297,14 @@ class Session:
                 f"attention dropout is {dropout} and the model is in training mode: weights would not be those that "
                 "the model used; call model.eval() or set attention_dropout to 0"
             )
+        mechanism = dispatch.mechanism_of(module)
+        if mechanism is not None and (weights_probes or any(not isinstance(b.edit, OutputEdit) for b in edits)):
+            wanted = [*weights_probes, *(b.edit for b in edits if not isinstance(b.edit, OutputEdit))][0]
+            raise UnsupportedModel(
+                f"{type(wanted).__name__}: layer {layer} runs a mechanism without one softmax over its keys, so its "
+                "heads have no rows of weights; edits and probes of head outputs work there (ScaleHeads, Ablate of "
+                "mode zero, mean or resample)"
+            )
         # A paged cache reaches attention itself up to transformers 5.23; later only the places in it do.
         if kwargs.get("cache") is not None or "read_index" in kwargs:
             raise UnsupportedModel("continuous batching is not supported; call generate or the model itself")
@@ -315,7 +323,7 @@ class Session:
         if share is not None and weights_probes:
             self._read_all_heads(call, edits, weights_probes, share)
         weights = plain.weights
-        if wants_weights and (edits or weights is None):
+        if wants_weights and mechanism is None and (edits or weights is None):
             weights = self._all_weights(call, edits)
         return out, weights
 
