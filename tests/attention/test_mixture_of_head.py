@@ -259,7 +259,9 @@ def test_padding_takes_no_part_in_the_loss():
 class Two(nn.Module):
     def __init__(self, first: int = 2):
         super().__init__()
-        self.layers = nn.ModuleList([MixtureOfHeads(16, 8, first, 8 - first if first == 8 else 3), MixtureOfHeads(16, 8, 2, 3)])
+        self.layers = nn.ModuleList(
+            [MixtureOfHeads(16, 8, first, 8 - first if first == 8 else 3), MixtureOfHeads(16, 8, 2, 3)]
+        )
 
     def forward(self, x, checkpoint=False):
         for layer in self.layers:

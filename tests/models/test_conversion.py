@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -177,7 +178,9 @@ def test_a_learned_router_is_tuned_saved_and_loaded(tmp_path):
     model = hw.convert(tiny_llama(), to="mixture-of-head", router="learned", shared=0.5, active=0.75)
     names = {name for name in model.state_dict() if "head_router" in name}
     assert names == {
-        f"model.layers.{n}.self_attn.head_router.{part}.weight" for n in (0, 1) for part in ("routed", "shared", "balance")
+        f"model.layers.{n}.self_attn.head_router.{part}.weight"
+        for n in (0, 1)
+        for part in ("routed", "shared", "balance")
     }
     model.train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -237,7 +240,7 @@ def vit():
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    sizes: Any = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     return ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=4, initializer_range=0.3)).eval()
 
 

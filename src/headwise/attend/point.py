@@ -56,8 +56,8 @@ class HeadPoint(nn.Module):
         call: makes the ordinary softmax attention call whose output `out` is, where there is one; without it the
         weights of these heads can be neither read nor changed, their outputs can. projection: what mixes the heads
         next, for probes of what a head writes. gates `[b t h]`: factors that the mechanism puts on its heads after
-        attention; edits change what is gated, probes of outputs see the gated value. Raises UnsupportedModel for a probe or an edit that asks for what is
-        not there.
+        attention; edits change what is gated, probes of outputs see the gated value. Raises UnsupportedModel for a
+        probe or an edit that asks for what is not there.
         """
         visit = self.visit
         if visit is None:

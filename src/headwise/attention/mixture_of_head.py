@@ -58,7 +58,7 @@ class HeadSplit(NamedTuple):
 class HeadGates(NamedTuple):
     """What a router decides.
 
-    gates `[b t h]`, shared heads first; probabilities `[b t e]` of the routed heads, chosen `[b t e]` the top_k of them.
+    gates `[b t h]`, shared heads first; probabilities `[b t e]` of the routed heads; chosen `[b t e]`: top_k of them.
     """
 
     gates: Float[Tensor, "b t h"]
@@ -76,7 +76,9 @@ def head_split(num_heads: int, active: float = 0.75, shared: float = 0.5) -> Hea
     HeadSplit(heads=32, shared=16, top_k=8)
     """
     if not 0 < active <= 1 or not 0 <= shared <= active:
-        raise ValueError(f"head_split: active {active}, shared {shared}; expected 0 <= shared <= active <= 1, active > 0")
+        raise ValueError(
+            f"head_split: active {active}, shared {shared}; expected 0 <= shared <= active <= 1, active > 0"
+        )
     fixed = int(shared * num_heads + 0.5)
     split = HeadSplit(num_heads, fixed, int(active * num_heads + 0.5) - fixed)
     try:
@@ -90,8 +92,8 @@ def check_split(name: str, heads: int, shared: int, top_k: int) -> HeadSplit:
     routed = heads - shared
     if shared < 0 or routed < 0 or not (1 if routed else 0) <= top_k <= routed:
         raise ValueError(
-            f"{name}: {heads} heads, num_shared {shared}, top_k {top_k}; expected num_shared from 0 to the heads, top_k "
-            "from 1 to the heads that are not shared, and 0 only where all are"
+            f"{name}: {heads} heads, num_shared {shared}, top_k {top_k}; expected num_shared from 0 to the heads, "
+            "top_k from 1 to the heads that are not shared, and 0 only where all are"
         )
     return HeadSplit(heads, shared, top_k)
 
@@ -123,7 +125,10 @@ def moh_gates(
         return (x @ weight.to(x.dtype).mT).softmax(-1)
 
     parts = []
-    probabilities, chosen = x.new_zeros(*x.shape[:2], 0), torch.zeros(*x.shape[:2], 0, dtype=torch.bool, device=x.device)
+    probabilities, chosen = (
+        x.new_zeros(*x.shape[:2], 0),
+        torch.zeros(*x.shape[:2], 0, dtype=torch.bool, device=x.device),
+    )
     if shared:
         parts.append(x.new_ones(*x.shape[:2], 1) if w_shared is None else softmax(w_shared) * shared)
     if w_routed is not None:
@@ -147,8 +152,8 @@ def norm_router(q: Float[Tensor, "b h t d"], num_shared: int, k: int) -> HeadGat
     check_split("norm_router", heads, num_shared, k)
     if heads - num_shared < 2:
         raise ValueError(
-            f"norm_router: {heads} heads of which {num_shared} are shared; at least 2 must be routed, because norms are "
-            "taken in units of their standard deviation over the routed heads"
+            f"norm_router: {heads} heads of which {num_shared} are shared; at least 2 must be routed, because norms "
+            "are taken in units of their standard deviation over the routed heads"
         )
     q = q.to(torch.promote_types(q.dtype, torch.float32))
     norms = q[:, num_shared:].norm(dim=-1).mT
@@ -238,7 +243,9 @@ class QueryNormRouter(HeadRouter):
     def __init__(self, num_heads: int, num_shared: int, top_k: int) -> None:
         super().__init__(num_heads, num_shared, top_k)
         if num_heads - num_shared == 1:
-            raise ValueError(f"QueryNormRouter: {num_shared} of {num_heads} heads are shared; at least 2 must be routed")
+            raise ValueError(
+                f"QueryNormRouter: {num_shared} of {num_heads} heads are shared; at least 2 must be routed"
+            )
 
     def forward(self, q: Float[Tensor, "b h t d"], attention_mask: Bool[Tensor, "b t"] | None = None) -> HeadGates:
         """q: the queries. attention_mask: True for real tokens."""
@@ -326,15 +333,19 @@ class MixtureOfHeads(nn.Module):
 
 
 def moh_loss(model: nn.Module) -> Float[Tensor, ""]:
-    """Mean load-balance loss over the layers that route heads, of the last forward in training; the paper adds 0.01 of it.
+    """Mean load-balance loss over the layers that route heads, of the last forward in training.
+
+    The paper adds 0.01 of it to the loss of the task.
 
     Raises ValueError for a model without such layers, and before a forward in training mode.
     """
-    routers = [part for part in model.modules() if isinstance(part, HeadRouter) and part.split.shared < part.split.heads]
+    routers = [
+        part for part in model.modules() if isinstance(part, HeadRouter) and part.split.shared < part.split.heads
+    ]
     losses = [part.aux_loss for part in routers if part.aux_loss is not None]
     if not losses:
         raise ValueError(
-            f"moh_loss: {type(model).__name__} has {len(routers)} layers that route heads, and none has a loss; call it "
-            "after a forward in training mode of a model with such layers"
+            f"moh_loss: {type(model).__name__} has {len(routers)} layers that route heads, and none has a loss; call "
+            "it after a forward in training mode of a model with such layers"
         )
     return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()

@@ -84,9 +84,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, s
     return out.transpose(1, 2)
 
 
-def _sparse(
-    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> Tensor:
+def _sparse(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     b, h, t, _ = q.shape
     group = h // k.shape[1]
     if mask is not None and not causal and (keys := decompose(mask)) is not None:

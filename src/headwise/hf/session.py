@@ -297,6 +297,14 @@ class Session:
                 f"attention dropout is {dropout} and the model is in training mode: weights would not be those that "
                 "the model used; call model.eval() or set attention_dropout to 0"
             )
+        mechanism = None if dispatch.gates_of(module) is not None else dispatch.mechanism_of(module)
+        if mechanism is not None and (weights_probes or any(not isinstance(b.edit, OutputEdit) for b in edits)):
+            wanted = [*weights_probes, *(b.edit for b in edits if not isinstance(b.edit, OutputEdit))][0]
+            raise UnsupportedModel(
+                f"{type(wanted).__name__}: layer {layer} runs a mechanism without one softmax over its keys, so its "
+                "heads have no rows of weights; edits and probes of head outputs work there (ScaleHeads, Ablate of "
+                "mode zero, mean or resample)"
+            )
         # A paged cache reaches attention itself up to transformers 5.23; later only the places in it do.
         if kwargs.get("cache") is not None or "read_index" in kwargs:
             raise UnsupportedModel("continuous batching is not supported; call generate or the model itself")
@@ -320,24 +328,14 @@ class Session:
         if share is not None and weights_probes:
             self._read_all_heads(call, edits, weights_probes, share)
         weights = plain.weights
-        if wants_weights and (edits or weights is None):
+        if wants_weights and mechanism is None and (edits or weights is None):
             weights = self._all_weights(call, edits)
         return out, weights
 
     def _gates(self, module: nn.Module, arguments: tuple, options: dict, edits: list[BoundEdit]) -> Tensor | None:
-        """The factors that a mechanism inside the model puts on its heads, where edits must come before them."""
-        mechanism = dispatch.mechanism_of(module.config)
-        if mechanism is None or not edits:
-            return None
-        if mechanism.gates is not None:
-            return mechanism.gates(module, *arguments, **options)
-        wanted = [type(bound.edit).__name__ for bound in edits if not isinstance(bound.edit, OutputEdit)]
-        if wanted:
-            raise UnsupportedModel(
-                f"{wanted[0]}: the model attends by {dispatch.previous_name(module.config)}, whose weights cannot be "
-                "edited; edits of head outputs work (ScaleHeads, Ablate of mode zero, mean or resample)"
-            )
-        return None
+        """The factors that a mechanism puts on the heads of ordinary attention, where edits must come before them."""
+        gates = dispatch.gates_of(module)
+        return None if gates is None or not edits else gates(module, *arguments, **options)
 
     def _share(self, module: nn.Module, local: int) -> HeadShare | None:
         """How a module's heads are shared among processes, of which this one holds `local`."""

@@ -1,8 +1,8 @@
 """Swap the attention inside an existing model for one of headwise's mechanisms: `convert`.
 
-A mechanism brings its converter in a file of its own, `models/convert_<mechanism>.py`, whose `CONVERTERS` maps the names
-it is known by to functions `(model, layers, *, option=...) -> model`; nothing here lists them. A converter changes
-nothing when it raises, refuses a model that it has converted already, and keeps the trained weights.
+A mechanism brings its converter in a file of its own, `models/convert_<mechanism>.py`, whose `CONVERTERS` maps the
+names it is known by to functions `(model, layers, *, option=...) -> model`; nothing here lists them. A converter
+changes nothing when it raises, refuses a model that it has converted already, and keeps the trained weights.
 """
 
 import difflib
@@ -61,7 +61,10 @@ def converters() -> dict[str, Converter]:
 
 
 def chosen_layers(layers: Iterable[int] | None, count: int) -> list[int]:
-    """The layers that a converter is to change, of `count`; None is all. Raises ValueError for any that are not there."""
+    """The layers that a converter is to change, of `count`; None is all.
+
+    Raises ValueError for any that are not there, and for none.
+    """
     if layers is None:
         return list(range(count))
     chosen = sorted(set(layers))

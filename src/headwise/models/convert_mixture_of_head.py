@@ -5,8 +5,8 @@ Models on transformers' attention interface keep their modules; a router goes in
 so that the state of the model stays what it was; the learned router adds its matrices, to be tuned. Networks of
 headwise's own `SoftmaxAttention` get `MixtureOfHeads` layers with the same weights.
 
-Once this module is imported, `from_pretrained(..., attn_implementation="headwise-mixture-of-head")` loads any model on the
-interface with query-norm routers in every layer: half of the heads shared, three quarters active.
+Once this module is imported, `from_pretrained(..., attn_implementation="headwise-mixture-of-head")` loads any model on
+the interface with query-norm routers in every layer: half of the heads shared, three quarters active.
 """
 
 import re
@@ -44,6 +44,7 @@ __all__ = ["head_usage"]
 Model = TypeVar("Model", bound=nn.Module)
 RouterName = Literal["query_norm", "learned"]
 
+NAME = "headwise-mixture-of-head"
 QUERY_NORM = re.compile(r"(q|query|qk)_?(layer)?_?norm|norm_?q", re.IGNORECASE)
 
 _default_routers: "WeakKeyDictionary[nn.Module, QueryNormRouter]" = WeakKeyDictionary()
@@ -107,8 +108,9 @@ def _convert_own(
     points = head_points(model)
     if len(dense) != len(points) or any(part.dropout for part in dense):
         raise UnsupportedModel(
-            f"convert: {type(model).__name__} has {len(points)} layers with heads, {len(dense)} of them SoftmaxAttention; "
-            "mixture-of-head goes into networks of SoftmaxAttention without dropout, or into transformers models"
+            f"convert: {type(model).__name__} has {len(points)} layers with heads, {len(dense)} of them "
+            "SoftmaxAttention; mixture-of-head goes into networks of SoftmaxAttention without dropout, or into "
+            "transformers models"
         )
     chosen = chosen_layers(layers, len(dense))
     splits = _splits([dense[layer].num_heads for layer in chosen], active, shared)
@@ -182,9 +184,7 @@ def _convert_interface(
             'router has little to go by; use router="learned" and tune it',
             stacklevel=4,
         )
-    configs = list({id(module.config): module.config for module in ours.values()}.values())
-    for config in configs:
-        dispatch.use_mechanism(config, NAME)
+    dispatch.use({id(module.config): module.config for module in ours.values()}.values(), NAME)
     for module in places:
         module.head_router = routers.get(module)
         if isinstance(module.head_router, LearnedRouter):
@@ -209,7 +209,7 @@ def router_of(module: nn.Module) -> HeadRouter | None:
     """The router of an attention module; the default one for a model that was loaded with the mechanism's name."""
     if hasattr(module, "head_router"):
         return getattr(module, "head_router")  # noqa: B009, set by the converter
-    if dispatch.was_converted(module.config):
+    if dispatch.was_switched(module.config):
         return None  # another model with the config of a converted one
     if module not in _default_routers:
         _default_routers[module] = QueryNormRouter(*head_split(attention_shape(module).heads))
@@ -290,8 +290,7 @@ def _attend(
     return out * gates[..., None].to(out.dtype), weights
 
 
-MECHANISM = dispatch.Mechanism(_attend, _gates)
-NAME = dispatch.offer("mixture-of-head", MECHANISM)
+dispatch.offer(NAME, _attend, gates=_gates, masks=None)
 
 
 # --- who uses which head --------------------------------------------------------------------------------------------
@@ -349,6 +348,6 @@ def _routers(model: nn.Module) -> dict[tuple[str, int], HeadRouter]:
     found = {
         place: router_of(module)
         for module, place in attention_modules(model).items()
-        if dispatch.mechanism_of(module.config) is MECHANISM
+        if dispatch.mechanism_of(module) is _attend
     }
     return {place: router for place, router in found.items() if router is not None}
