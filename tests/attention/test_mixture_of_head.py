@@ -3,10 +3,12 @@
 import copy
 import inspect
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import headwise as hw
 from headwise.attend.edits import Ablate, ScaleHeads
@@ -80,7 +82,7 @@ def test_all_heads_shared():
 
 
 def test_one_shared_head_has_no_matrix_and_weight_one():
-    layer = MixtureOfHeads(8, 4, 1, 2)
+    layer: Any = MixtureOfHeads(8, 4, 1, 2)
     assert layer.router.shared is None
     x = torch.randn(1, 3, 8)
     nn.init.zeros_(layer.router.balance.weight)
@@ -121,7 +123,7 @@ def test_gates_stand_before_the_output_projection_per_token():
 
 
 def test_permuting_routed_heads_changes_nothing():
-    layer = MixtureOfHeads(24, 6, 2, 2).eval()
+    layer: Any = MixtureOfHeads(24, 6, 2, 2).eval()
     twin, order = copy.deepcopy(layer), [0, 1, 5, 3, 2, 4]
     rows = torch.cat([torch.arange(4) + 4 * head for head in order])
     with torch.no_grad():
@@ -245,7 +247,8 @@ def test_the_loss_by_a_loop_and_at_its_ends():
 
 
 def test_padding_takes_no_part_in_the_loss():
-    layer, x = MixtureOfHeads(16, 8, 2, 3).train(), torch.randn(2, 7, 16)
+    layer: Any = MixtureOfHeads(16, 8, 2, 3).train()
+    x = torch.randn(2, 7, 16)
     mask = torch.ones(2, 7, dtype=torch.bool)
     mask[:, 5:] = False
     layer(x, mask)
@@ -259,13 +262,13 @@ def test_padding_takes_no_part_in_the_loss():
 class Two(nn.Module):
     def __init__(self, first: int = 2):
         super().__init__()
-        self.layers = nn.ModuleList(
+        self.layers: Any = nn.ModuleList(
             [MixtureOfHeads(16, 8, first, 8 - first if first == 8 else 3), MixtureOfHeads(16, 8, 2, 3)]
         )
 
-    def forward(self, x, checkpoint=False):
+    def forward(self, x, recompute=False):
         for layer in self.layers:
-            x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False) if checkpoint else layer(x)
+            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
         return x
 
 
@@ -289,7 +292,7 @@ def test_checkpointing_counts_a_layer_once():
     model, x = Two().train(), torch.randn(2, 5, 16)
     model(x)
     plain = moh_loss(model)
-    out = model(x, checkpoint=True)
+    out = model(x, recompute=True)
     loss = moh_loss(model)
     torch.testing.assert_close(loss, plain)
     (out.sum() + loss).backward()
@@ -377,7 +380,7 @@ def test_head_size_may_differ_from_the_width():
 
 def test_routers_start_small_and_apart():
     torch.manual_seed(0)
-    router = LearnedRouter(64, 16, 4, 6)
+    router: Any = LearnedRouter(64, 16, 4, 6)
     for one in (router.routed, router.shared, router.balance):
-        assert one.bias is None and float(one.weight.std()) == pytest.approx(0.02, rel=0.25)
+        assert one.bias is None and one.weight.std().item() == pytest.approx(0.02, rel=0.25)
     assert router(torch.randn(1, 200, 64)).chosen.any(1).all(), "no head is out of use at the start"

@@ -1,6 +1,7 @@
 """Computing only the chosen heads: the same numbers as computing all and multiplying, and that much less work."""
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from headwise.attention.routed import pays_to_route, routed_attention
 from headwise.ops.counting import _FORMULAS
 
 
-def inputs(b=2, h=8, n=4, t=11, s=None, d=6, e=5, shared=2, k=3, dtype=torch.float32, seed=0):
+def inputs(b=2, h=8, n=4, t=11, s=None, d=6, e=5, shared=2, k=3, dtype=torch.float32, seed=0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     make = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype)  # noqa: E731
     gates = make(b, t, h).exp()
@@ -143,7 +144,8 @@ def test_auto_takes_the_dense_path_where_index_work_is_not_repaid():
 
 
 def test_empty_sizes():
-    for shape in ({"b": 0}, {"t": 0}):
+    empty: Any = ({"b": 0}, {"t": 0})
+    for shape in empty:
         q, k, v, gates = inputs(**shape)
         assert routed_attention(q, k, v, gates, implementation="sparse").shape == (*gates.shape, 5)
 

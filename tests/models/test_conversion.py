@@ -200,7 +200,7 @@ def test_a_learned_router_is_tuned_saved_and_loaded(tmp_path):
     fresh.load_state_dict(load_file(tmp_path / "state.safetensors"))
     assert torch.equal(logits(fresh, **PADDED), logits(model, **PADDED))
     usage = head_usage(model, PADDED)
-    assert usage.of()[Head(0, 0)] == 1.0 and sum(usage.of()[Head(0, n)] for n in (2, 3)) == pytest.approx(1.0)
+    assert usage.of()[Head(0, 0)] == 1.0 and sum(usage.of()[Head(0, n)] or 0 for n in (2, 3)) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("router", ["query_norm", "learned"])
@@ -229,7 +229,7 @@ def test_usage_counts_real_tokens():
     alone, together = head_usage(model, {"input_ids": short}).of(), head_usage(model, padded).of()
     for head, share in alone.items():
         assert together[head] == pytest.approx(share), head
-    by_layer = [sum(v for h, v in alone.items() if h.layer == layer) for layer in (0, 1)]
+    by_layer = [sum(v or 0 for h, v in alone.items() if h.layer == layer) for layer in (0, 1)]
     assert by_layer == pytest.approx([3, 3]) and alone[Head(0, 0)] == 1.0
 
 

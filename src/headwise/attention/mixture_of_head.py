@@ -286,7 +286,8 @@ class MixtureOfHeads(nn.Module):
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
         inner = embed_dim if head_dim is None else head_dim * num_heads
         self.num_kv_heads = check_heads("MixtureOfHeads", inner, num_heads, num_kv_heads)
-        self.num_heads, self.is_causal, self.implementation = num_heads, is_causal, implementation
+        self.num_heads, self.is_causal = num_heads, is_causal
+        self.implementation: Implementation = implementation
         shared = num_heads // 2 if num_shared is None else num_shared
         k = (num_heads - shared + 1) // 2 if top_k is None else top_k
         if router == "learned":
@@ -317,7 +318,7 @@ class MixtureOfHeads(nn.Module):
         if real is not None:
             gates = gates * real[..., None]
         if self.head_point.visit is None:
-            implementation = "dense" if self.training else self.implementation
+            implementation = self.implementation if not self.training else "dense"
             out = routed_attention(q, k, v, gates, mask=keys, causal=self.is_causal, implementation=implementation)
             return self.proj(out.flatten(2))
         ones = torch.ones_like(gates)

@@ -55,13 +55,13 @@ def routed_attention(
         )
     if implementation not in ("auto", "dense", "sparse"):
         raise ValueError(f"routed_attention: implementation {implementation!r}; choose auto, dense or sparse")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     if implementation == "auto":
         by_row = causal or (mask is not None and mask.ndim > 1 and mask.shape[-2] > 1)  # as a causal mask is
         implementation = "sparse" if pays_to_route(q, k, gates, by_row) else "dense"
     if implementation == "sparse" and q.numel() and k.shape[2]:
-        return _sparse(q, k, v, gates, mask, causal, scale)
-    out = _dense(q, k, v, mask, causal, scale)
+        return _sparse(q, k, v, gates, mask, causal, factor)
+    out = _dense(q, k, v, mask, causal, factor)
     return out * gates[..., None].to(out.dtype)
 
 

@@ -186,8 +186,8 @@ def _convert_interface(
         )
     dispatch.use({id(module.config): module.config for module in ours.values()}.values(), NAME)
     for module in places:
-        module.head_router = routers.get(module)
-        if isinstance(module.head_router, LearnedRouter):
+        setattr(module, "head_router", routers.get(module))  # noqa: B010, a layer without one says so
+        if isinstance(routers.get(module), LearnedRouter):
             module.register_forward_pre_hook(_keep_input, with_kwargs=True)
 
 
