@@ -1,6 +1,5 @@
 """The run of mixture-of-head-attention: its networks are what they are said to be, and each row can hold and fail."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from headwise.tasks.digits import digit_images
 EVEN = (0.5, 0.7)
 
 
-def networks(usage: Sequence[float] = EVEN, **accuracies: float) -> Networks:
+def networks(usage: Any = EVEN, **accuracies: Any) -> Networks:
     given = {MHA: 0.95, GATED: 0.96, MOH_75: 0.96, MOH_50: 0.955} | accuracies
     models = {kind: [setup.network(kind, 0).eval()] for kind in given}
     return Networks(

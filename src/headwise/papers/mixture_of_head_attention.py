@@ -51,8 +51,8 @@ PAPER = Paper(
             criterion=(
                 "digits, vision transformers of 8 heads (three a seed), learned router, 2 shared and 4 of 6 routed: "
                 "every routed head is used by 5 to 95 % of the test tokens; attention at 50 % of the heads and 1,024 "
-                "tokens takes less time than dense attention; accuracy is not below that of multi-head attention; the network "
-                "has no more parameters"
+                "tokens takes less time than dense attention; accuracy is not below that of multi-head attention; the "
+                "network has no more parameters"
             ),
             control="multi-head attention of the same sizes, trained alike",
         ),
