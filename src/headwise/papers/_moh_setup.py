@@ -20,7 +20,7 @@ from headwise.training import OptimiserSpec, fit
 BATCH, STEPS, RATE = 100, 360, 2e-3  # 30 passes over the 1,200 training images
 TUNING, TUNING_RATE = 72, 5e-4
 WEIGHT = 0.01  # of the load-balance loss, the paper's
-NETWORKS = 3  # of each kind and seed
+NETWORKS = 2  # of each kind and seed
 SHARED = 2  # of 8 heads
 
 MHA, GATED, MOH_75, MOH_50 = "multi-head", "gates, all heads", "75 % of the heads", "50 % of the heads"

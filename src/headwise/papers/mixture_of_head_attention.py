@@ -49,7 +49,7 @@ PAPER = Paper(
             ),
             paper_figure="ImageNet-1K: TransNeXt-B 84.8, MoH-ViT-B with 75 % of the heads 84.9 (repository)",
             criterion=(
-                "digits, vision transformers of 8 heads (three a seed), learned router, 2 shared and 4 of 6 routed: "
+                "digits, vision transformers of 8 heads (two a seed), learned router, 2 shared and 4 of 6 routed: "
                 "every routed head is used by 5 to 95 % of the test tokens; attention at 50 % of the heads and 1,024 "
                 "tokens takes less time than dense attention; accuracy is not below that of multi-head attention; the "
                 "network has no more parameters"
