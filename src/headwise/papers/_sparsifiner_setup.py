@@ -67,7 +67,7 @@ def with_choice(model: SparsifinerViT, kind: str) -> SparsifinerViT:
     """A copy in mode "sparse" whose keys are chosen otherwise."""
     made = copy.deepcopy(model)
     for layer in made.attentions():
-        setattr(layer, "mask_predictor", Chooser(kind, layer.mask_predictor.budget))  # noqa: B010, another class
+        layer.register_module("mask_predictor", Chooser(kind, layer.mask_predictor.budget))
     return made.set_mode("sparse").eval()
 
 
