@@ -90,7 +90,7 @@ def layer_queries(model: SparsifinerViT, images: Tensor) -> list[tuple[Tensor, T
 
     def read(attention: Any) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(_: nn.Module, args: Any, x: Tensor) -> None:
-            q, k, _ = (split_heads(part, attention.num_heads) for part in attention.qkv(x).chunk(3, -1))
+            q, k, _v = (split_heads(part, attention.num_heads) for part in attention.qkv(x).chunk(3, -1))
             kept.append((q, k))
 
         return hook
