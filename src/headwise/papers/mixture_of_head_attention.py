@@ -55,6 +55,11 @@ PAPER = Paper(
                 "network has no more parameters"
             ),
             control="multi-head attention of the same sizes, trained alike",
+            known=(
+                "half of the heads take 0.61 to 0.66 of the time, but networks of 8 heads of 4 channels end 1.9 to 3.0 "
+                "points below multi-head attention (3 seeds, 2 networks each), in two seeds a head is used by more "
+                "than 95 % of the tokens, and learned routers add 3.5 % of parameters (1.2 % of attention in ViT-B)"
+            ),
         ),
         Claim(
             id="weighted",
@@ -68,6 +73,11 @@ PAPER = Paper(
                 "multi-head attention"
             ),
             control="multi-head attention; the gates with 4 and with 2 of 6 routed heads",
+            known=(
+                "with every head active the gates alone cost 0.6 to 1.8 points on the digits (3 seeds, 2 networks "
+                "each), more than half of what the mixtures lose: at 8 heads of 4 channels and 360 steps the weighted sum "
+                "does not help"
+            ),
         ),
         Claim(
             id="outperforms",
@@ -85,6 +95,10 @@ PAPER = Paper(
                 "multi-head attention"
             ),
             control="multi-head attention; the same gates with every head active",
+            known=(
+                "on the digits 75 % of the heads end 1.9 to 3.0 points below multi-head attention and 50 % end 1.3 to "
+                "2.7 below (3 seeds, 2 networks each), in networks of 8 heads of 4 channels"
+            ),
         ),
         Claim(
             id="continue-tuned",
