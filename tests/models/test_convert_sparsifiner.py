@@ -142,6 +142,6 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="already"):
         hw.convert(model, to="sparsifiner")
     with pytest.raises(ValueError, match="'predicting'"):
-        set_connectivity.__wrapped__(model, "predicting")  # pyright: ignore[reportFunctionMemberAccess]
+        set_connectivity.__wrapped__(model, "predicting")
     with pytest.raises(ValueError, match="convert it first"):
         connectivity_loss(vit())

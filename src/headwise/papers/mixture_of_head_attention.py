@@ -75,8 +75,8 @@ PAPER = Paper(
             control="multi-head attention; the gates with 4 and with 2 of 6 routed heads",
             known=(
                 "with every head active the gates alone cost 0.6 to 1.8 points on the digits (3 seeds, 2 networks "
-                "each), more than half of what the mixtures lose: at 8 heads of 4 channels and 360 steps the weighted sum "
-                "does not help"
+                "each), more than half of what the mixtures lose: at 8 heads of 4 channels and 360 steps the "
+                "weighted sum does not help"
             ),
         ),
         Claim(
