@@ -22,6 +22,7 @@ from headwise.hf.addresses import heads_of
 from headwise.hf.load import Loaded, load
 from headwise.hf.maps import attention_maps, head_outputs
 from headwise.hf.session import attach, probe, steer
+from headwise.models.conversion import convert
 from headwise.specimens.registry import train_specimen
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "attach",
     "attention_maps",
     "compare",
+    "convert",
     "head_outputs",
     "heads_of",
     "keep_best",

@@ -15,6 +15,11 @@ def test_attention_is_chosen_by_the_name_of_its_class():
     assert model.blocks[0].attn.qkv.out_features == 32 + 2 * 8
 
 
+def test_options_may_differ_from_layer_to_layer():
+    model = SmallViT(SmallViTConfig(attention_options=[None, {"num_kv_heads": 2}]))
+    assert [block.attn.num_kv_heads for block in model.blocks] == [8, 2]
+
+
 def test_grids_may_be_rectangular():
     model = SmallViT(SmallViTConfig(image_size=[8, 12], patch_size=[2, 4], num_labels=3))
     assert model.config.grid_size == (4, 3)
@@ -34,6 +39,7 @@ def test_heads_are_edited():
     [
         ({"attention": "Softmax"}, "'Softmax'"),
         ({"attention": ["SoftmaxAttention"]}, "names 1 layers"),
+        ({"attention_options": [{}, {}, {}]}, "attention_options has 3 layers"),
         ({"patch_size": 3}, "3x3 does not divide"),
     ],
 )

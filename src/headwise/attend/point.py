@@ -45,18 +45,23 @@ class HeadPoint(nn.Module):
         return f"{self.num_heads}"
 
     def forward(
-        self, out: Tensor, call: Callable[[], Call] | None = None, projection: nn.Linear | None = None
+        self,
+        out: Tensor,
+        call: Callable[[], Call] | None = None,
+        projection: nn.Linear | None = None,
+        gates: Tensor | None = None,
     ) -> Tensor:
         """Head outputs `[b t h e]` to the same shape.
 
         call: makes the ordinary softmax attention call whose output `out` is, where there is one; without it the
         weights of these heads can be neither read nor changed, their outputs can. projection: what mixes the heads
-        next, for probes of what a head writes. Raises UnsupportedModel for a probe or an edit that asks for what is
-        not there.
+        next, for probes of what a head writes. gates `[b t h]`: factors that the mechanism puts on its heads after
+        attention; edits change what is gated, probes of outputs see the gated value. Raises UnsupportedModel for a
+        probe or an edit that asks for what is not there.
         """
         visit = self.visit
         if visit is None:
-            return out
+            return _gated(out, gates)
         place = ("", visit.layer)
         edits = [bound for bound in visit.edits if bound.heads.get(place)]
         readers = [probe for probe in visit.probes if probe.reads_weights]
@@ -70,10 +75,10 @@ class HeadPoint(nn.Module):
                     "zero, mean or resample)"
                 )
         if not edits and not visit.probes:
-            return out
+            return _gated(out, gates)
         made = _bare(out) if call is None else call()
         made.tower, made.layer = place
-        out = attend(made, edits, readers, lambda: out)
+        out = _gated(attend(made, edits, readers, lambda: out), gates)
         outputs = [probe for probe in visit.probes if probe.reads_outputs]
         if outputs and projection is None:
             raise UnsupportedModel(f"{type(outputs[0]).__name__}: layer {visit.layer} does not mix heads by one matrix")
@@ -96,6 +101,10 @@ def head_points(model: nn.Module) -> list[HeadPoint]:
 def point_layout(points: Sequence[HeadPoint]) -> Layout:
     """Heads of each layer."""
     return Layout((Tower("", tuple(p.num_heads for p in points), tuple(p.num_kv_heads for p in points)),))
+
+
+def _gated(out: Tensor, gates: Tensor | None) -> Tensor:
+    return out if gates is None else out * gates[..., None].to(out.dtype)
 
 
 def _bare(out: Tensor) -> Call:

@@ -30,6 +30,7 @@ class Plain:
         query, _, value, mask = arguments
         self.is_fused = (
             dispatch.previous_name(module.config) == "sdpa"
+            and dispatch.mechanism_of(module) is None
             and query.device.type == "cpu"
             and query.shape[-1] == value.shape[-1]
             # A single row with grouped keys is folded differently there, and may differ in the last bit.

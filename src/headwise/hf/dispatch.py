@@ -2,12 +2,17 @@
 
 Registered once, under one name, when this module is imported. Nothing happens to a model until a session switches its
 configs; a module that no session knows (two models may share a config) goes straight to its previous implementation.
+
+Mechanisms that stand in for a trained model's attention use the same entry: `offer` gives one a name for
+`attn_implementation=`, `assign` puts one in the place of a single module's attention. To a session it is then the
+previous implementation. What only gates the heads of an ordinary softmax says so, and its weights stay within reach.
 """
 
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +24,30 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from headwise.errors import UnsupportedModel
 
-__all__ = ["NAME", "offer", "previous_function", "previous_name", "restore", "seen", "switch"]
+__all__ = [
+    "NAME",
+    "Mechanism",
+    "assign",
+    "base_function",
+    "base_name",
+    "gates_of",
+    "mechanism_of",
+    "offer",
+    "previous_function",
+    "previous_name",
+    "restore",
+    "seen",
+    "switch",
+    "unassign",
+    "use",
+    "was_switched",
+    "without_rows",
+]
 
 NAME = "headwise"
 
-# What a row of a mechanism that is offered under a name of its own sees: (module, query, key, mask) -> boolean mask.
-Seen = Callable[[nn.Module, Tensor, Tensor, Any], Tensor]
-_offered: dict[str, Seen] = {}
+# Called as transformers calls an attention function; returns outputs `[b t h e]` and weights or None.
+Mechanism = Callable[..., tuple[Tensor, Tensor | None]]
 
 LOCK = threading.RLock()
 
@@ -44,6 +66,133 @@ _switched: dict[int, _Switched] = {}
 
 # id(module) -> what handles its calls; the handler keeps the module alive.
 _handlers: dict[int, Callable[..., tuple[Tensor, Tensor | None]]] = {}
+
+# (module, query, key, mask) -> the boolean mask, broadcastable to `[b h t s]`, under which ordinary softmax attention
+# gives what a mechanism gives.
+Sees = Callable[[nn.Module, Tensor, Tensor, Any], Any]
+
+# With the same arguments: factors `[b t h]` on the heads of the implementation beneath, or None for a plain layer.
+Gates = Callable[..., Tensor | None]
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """A mechanism, what its rows see where it is ordinary attention under a mask, its gates where it is ordinary
+    attention with gates, and whose masks it gets (None: the base's)."""
+
+    mechanism: Mechanism
+    sees: Sees | None
+    gates: Gates | None
+    masks: str | None
+
+
+_offered: dict[str, _Offer] = {}
+
+_bases: dict[int, str] = {}  # id(config) -> the implementation beneath a mechanism's name, while the config lives
+
+# id(module) -> the module, kept alive, and what stands in for its attention.
+_assigned: dict[int, tuple[nn.Module, Mechanism]] = {}
+
+
+def offer(
+    name: str,
+    mechanism: Mechanism,
+    sees: Sees | None = None,
+    *,
+    gates: Gates | None = None,
+    masks: str | None = "sdpa",
+) -> None:
+    """Make `attn_implementation=name` mean a mechanism, for every model that asks for it.
+
+    sees: for a mechanism that is ordinary attention under a mask of its own; probes and edits of weights then work.
+    gates: for a mechanism that is the implementation beneath (`base_function`) with gates on its heads; edits of
+    weights then work, and stay beneath the gates. masks: the implementation whose masks it gets, "sdpa" for boolean
+    ones (True = may attend) or None; None for those of the implementation beneath. Raises ValueError for a name that is
+    taken, or that transformers would take for something else ("/", "flash", "sdpa", "flex_attention", "paged|").
+    """
+    taken = name in ALL_ATTENTION_FUNCTIONS.valid_keys() and name not in _offered
+    if taken or any(part in name for part in ("/", "flash", "sdpa", "flex_attention", "paged|", "eager")):
+        raise ValueError(f"offer: {name!r} means something else to transformers; choose a name such as {NAME}-agent")
+    _offered[name] = _Offer(mechanism, sees, gates, masks)
+    AttentionInterface.register(name, _attention)
+    AttentionMaskInterface.register(name, _mask)
+
+
+def use(configs: Iterable[Any], name: str) -> None:
+    """Switch configs to an offered mechanism for good; the implementation that each had is the one beneath.
+
+    Raises RuntimeError while probes, edits or an assigned mechanism are on a model with one of them.
+    """
+    with LOCK:
+        configs = list(configs)
+        if any(id(config) in _switched for config in configs):
+            raise RuntimeError("convert: probes or edits are attached to a model with this config; remove them first")
+        for config in configs:
+            if id(config) not in _bases:
+                _bases[id(config)] = base_name(config)
+                weakref.finalize(config, _bases.pop, id(config), None)
+            config._attn_implementation_internal = name
+
+
+def was_switched(config: Any) -> bool:
+    """Whether `use` switched this config, as against one that was loaded with a mechanism's name."""
+    return id(config) in _bases
+
+
+def base_name(config: Any) -> str:
+    """The implementation that does the softmax: what the config had before any name of headwise's."""
+    name = previous_name(config)
+    return _bases.get(id(config), _own_choice(config)) if name in _offered else name
+
+
+def base_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The function of `base_name`."""
+    return _function(module, base_name(module.config))
+
+
+def assign(module: nn.Module, mechanism: Mechanism) -> None:
+    """Let a mechanism stand in for one module's attention until `unassign`. It gets the masks of the implementation
+    that the model has. Raises RuntimeError where another one stands there."""
+    with LOCK:
+        if id(module) in _assigned:
+            raise RuntimeError(f"{type(module).__name__}: a mechanism stands in for its attention already; remove it")
+        switch(module.config)
+        _assigned[id(module)] = (module, mechanism)
+
+
+def unassign(module: nn.Module) -> None:
+    """Undo `assign`."""
+    with LOCK:
+        del _assigned[id(module)]
+        restore(module.config)
+
+
+def mechanism_of(module: nn.Module) -> Mechanism | None:
+    """What stands in for a module's attention, None where its weights are those of a softmax over its keys."""
+    if id(module) in _assigned:
+        return _assigned[id(module)][1]
+    offered = _offered.get(previous_name(module.config))
+    return None if offered is None else offered.mechanism
+
+
+def gates_of(module: nn.Module) -> Gates | None:
+    """What a module's mechanism gates the heads of ordinary attention with; None where it is no such mechanism."""
+    offered = None if id(module) in _assigned else _offered.get(previous_name(module.config))
+    return None if offered is None else offered.gates
+
+
+def without_rows(module: nn.Module) -> bool:
+    """Whether a mechanism stands in for a module's attention whose heads have no rows of softmax weights."""
+    if id(module) in _assigned:
+        return True
+    offered = _offered.get(previous_name(module.config))
+    return offered is not None and offered.gates is None and offered.sees is None
+
+
+def seen(module: nn.Module, query: Tensor, key: Tensor, mask: Any) -> Any:
+    """The mask under which a module really attends: its own, or that of the mechanism it was switched to."""
+    offered = None if id(module) in _assigned else _offered.get(previous_name(module.config))
+    return mask if offered is None or offered.sees is None else offered.sees(module, query, key, mask)
 
 
 def switch(config: Any) -> None:
@@ -83,14 +232,24 @@ def previous_name(config: Any) -> str:
         return entry.previous
     if config._attn_implementation != NAME:
         return config._attn_implementation or "eager"
-    # Loaded with attn_implementation="headwise": what the class would have chosen by itself.
+    return _own_choice(config)
+
+
+def _own_choice(config: Any) -> str:
+    """What the model's class would have chosen by itself: for configs loaded with a name of headwise's."""
     cls = MODEL_MAPPING.get(type(config), None)
     return "sdpa" if getattr(cls, "_supports_sdpa", True) else "eager"
 
 
 def previous_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The attention function that a module would have called without headwise."""
-    name = previous_name(module.config)
+    mechanism = mechanism_of(module)
+    if mechanism is not None:
+        return mechanism
+    return _function(module, previous_name(module.config))
+
+
+def _function(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     if name != "eager":
         return ALL_ATTENTION_FUNCTIONS[name]
     for cls in type(module).__mro__:
@@ -122,26 +281,11 @@ def _attention(
 
 def _mask(*args, config: Any = None, **kwargs):
     name = previous_name(config) if config is not None else "sdpa"
+    if name in _offered:
+        name = _offered[name].masks or base_name(config)
     if name == "eager":
         kwargs.pop("allow_is_causal_skip", None)
     return ALL_MASK_ATTENTION_FUNCTIONS[name](*args, config=config, **kwargs)
-
-
-def offer(name: str, function: Callable[..., tuple[Tensor, None]], sees: Seen, *, masks: str = "sdpa") -> None:
-    """Offer a mechanism as `attn_implementation=name`; probes and edits work on it as on any other implementation.
-
-    function: as the attention interface calls it. sees: the boolean mask, broadcastable to `[b h t s]`, that ordinary
-    softmax attention would need to give the same output. masks: the implementation whose mask function is used.
-    """
-    _offered[name] = sees
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masks])
-
-
-def seen(module: nn.Module, query: Tensor, key: Tensor, mask: Any) -> Any:
-    """The mask under which a module really attends: its own, or that of the mechanism it was switched to."""
-    sees = _offered.get(previous_name(module.config))
-    return mask if sees is None else sees(module, query, key, mask)
 
 
 AttentionInterface.register(NAME, _attention)

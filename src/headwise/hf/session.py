@@ -297,6 +297,14 @@ class Session:
                 f"attention dropout is {dropout} and the model is in training mode: weights would not be those that "
                 "the model used; call model.eval() or set attention_dropout to 0"
             )
+        blind = dispatch.without_rows(module)
+        if blind and (weights_probes or any(not isinstance(b.edit, OutputEdit) for b in edits)):
+            wanted = [*weights_probes, *(b.edit for b in edits if not isinstance(b.edit, OutputEdit))][0]
+            raise UnsupportedModel(
+                f"{type(wanted).__name__}: layer {layer} runs a mechanism without one softmax over its keys, so its "
+                "heads have no rows of weights; edits and probes of head outputs work there (ScaleHeads, Ablate of "
+                "mode zero, mean or resample)"
+            )
         # A paged cache reaches attention itself up to transformers 5.23; later only the places in it do.
         if kwargs.get("cache") is not None or "read_index" in kwargs:
             raise UnsupportedModel("continuous batching is not supported; call generate or the model itself")
@@ -307,18 +315,28 @@ class Session:
         share = self._share(module, query.shape[1])
         if share is not None:
             call.heads = share.numbers(query.shape[1])
-        plain = Plain(
-            previous, module, (query, key, value, attention_mask), {"scaling": scaling, "dropout": dropout, **kwargs}
-        )
+        arguments = (query, key, value, attention_mask)
+        options = {"scaling": scaling, "dropout": dropout, **kwargs}
+        gates = self._gates(module, arguments, options, edits)
+        if gates is not None:
+            previous = dispatch.base_function(module)  # edits change what is gated
+        plain = Plain(previous, module, arguments, options)
         self._refuse_moved_rows(call, edits)
         self._thread.call = (module, call)
         out = attend(call, edits, weights_probes if share is None else [], plain)
+        if gates is not None:
+            out = out * gates[..., None].to(out.dtype)
         if share is not None and weights_probes:
             self._read_all_heads(call, edits, weights_probes, share)
         weights = plain.weights
-        if wants_weights and (edits or weights is None):
+        if wants_weights and not blind and (edits or weights is None):
             weights = self._all_weights(call, edits)
         return out, weights
+
+    def _gates(self, module: nn.Module, arguments: tuple, options: dict, edits: list[BoundEdit]) -> Tensor | None:
+        """The factors that a mechanism puts on the heads of ordinary attention, where edits must come before them."""
+        gates = dispatch.gates_of(module)
+        return None if gates is None or not edits else gates(module, *arguments, **options)
 
     def _share(self, module: nn.Module, local: int) -> HeadShare | None:
         """How a module's heads are shared among processes, of which this one holds `local`."""

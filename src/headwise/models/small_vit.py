@@ -24,8 +24,8 @@ class SmallViTConfig(PreTrainedConfig):
     """Sizes of a `SmallViT`. The defaults are the digits' (8 x 8 pixels, 16 tokens).
 
     num_labels: classes, 10 unless given. image_size, patch_size: pixels, or (height, width). attention: a class of
-    `headwise.attention`, or a list of them, one for each layer. attention_options: further arguments of the class.
-    mlp_ratio: width of the MLP over hidden_size.
+    `headwise.attention`, or a list of them, one for each layer. attention_options: further arguments of the class,
+    or a list of them. mlp_ratio: width of the MLP over hidden_size.
     """
 
     model_type = "headwise-small-vit"
@@ -41,7 +41,7 @@ class SmallViTConfig(PreTrainedConfig):
         mlp_ratio: float = 2.0,
         dropout: float = 0.0,
         attention: str | Sequence[str] = "SoftmaxAttention",
-        attention_options: dict[str, Any] | None = None,
+        attention_options: dict[str, Any] | Sequence[dict[str, Any] | None] | None = None,
         **kwargs: Any,
     ) -> None:
         if kwargs.get("id2label") is None:  # a saved config has the classes by name
@@ -72,6 +72,11 @@ def _attention(config: SmallViTConfig, layer: int) -> nn.Module:
         raise ValueError(
             f"SmallViT: attention names {len(names)} layers, num_hidden_layers is {config.num_hidden_layers}"
         )
+    options = config.attention_options
+    if not isinstance(options, dict) and len(options) != config.num_hidden_layers:
+        raise ValueError(
+            f"SmallViT: attention_options has {len(options)} layers, num_hidden_layers is {config.num_hidden_layers}"
+        )
     name = names if isinstance(names, str) else names[layer]
     cls = getattr(headwise.attention, name, None)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
@@ -87,7 +92,8 @@ def _attention(config: SmallViTConfig, layer: int) -> nn.Module:
         "num_tokens": rows * columns,
     }
     wanted = inspect.signature(cls).parameters
-    given = {key: value for key, value in known.items() if key in wanted} | config.attention_options
+    given = {key: value for key, value in known.items() if key in wanted}
+    given |= (options if isinstance(options, dict) else options[layer]) or {}
     return cls(**given)
 
 

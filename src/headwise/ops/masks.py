@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["additive", "decompose", "empty_rows", "hide_exactly", "visible"]
+__all__ = ["additive", "decompose", "empty_rows", "hide_exactly", "key_mask", "visible"]
 
 _memo = WeakIdKeyDictionary()  # mask -> {what was asked: (version of the mask, answer)}
 _Answer = TypeVar("_Answer")
@@ -118,3 +118,26 @@ def decompose(mask: Tensor) -> Bool[Tensor, "b 1 1 s"] | None:
         return keys if torch.equal(mask, keys & torch.ones_like(mask[:1]).tril()) else None
 
     return _once(mask, "decompose", answer)
+
+
+def key_mask(mask: Tensor) -> Bool[Tensor, "b s"] | None:
+    """The keys that every row may see, of a mask `[b 1 t s]` whose rows are all alike; None for any other mask.
+
+    Of an additive mask what is about `finfo.min` or less hides, and anything else than 0 makes it another mask. Looks
+    at the values: one synchronisation per mask object on a GPU.
+    """
+    if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] == 0:
+        return None
+
+    def answer() -> Tensor | None:
+        first = mask[:, :, :1]
+        if mask.shape[2] > 1 and not bool((mask == first).all()):
+            return None
+        if mask.dtype == torch.bool:
+            return first[:, 0, 0].clone()
+        hidden = first <= torch.finfo(mask.dtype).min / 2
+        if not bool((hidden | (first == 0)).all()):
+            return None
+        return ~hidden[:, 0, 0]
+
+    return _once(mask, "keys", answer)

@@ -1,0 +1,353 @@
+"""Sparsifiner: a low-rank predictor picks, for every image and head, the keys that each query attends to.
+
+    q' = q W_q, k' = k W_k (heads share the weights), S = softmax(h^-1/2 q' (k'^T P)) over m basis vectors
+    learning:  A = S U^T, regressed on the dense attention (squared error)
+    in use:    A = top_8(S) |U|^T with small entries of |U| dropped; a query keeps its ceil(keep n) largest entries
+
+Attention itself is the ordinary one over the kept keys; prefix tokens (the class token) keep all keys as queries and
+have no privilege as keys. No gradient flows through the choice.
+
+Paper: headwise/papers/sparsifiner.py (Wei et al., CVPR 2023).
+Notes: h in the scale is the number of heads, as in the official code. Of equal scores the lower key is kept: a fresh
+basis has deviation 0.02 and the threshold is 0.02, so that many scores are 0. Where tokens were pruned they are gone,
+here; in the official code they stay as zeros, which take weight in the row of the class token.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from headwise.attend.call import Call
+from headwise.attend.point import HeadPoint
+from headwise.attention.softmax import SoftmaxAttention, check_heads, split_heads
+
+__all__ = [
+    "AttentionProducts",
+    "ConnectivityPredictor",
+    "SparsifinerAttention",
+    "attention_products",
+    "connectivity_from_indices",
+    "gathered_attention",
+    "predictor_loss",
+]
+
+Mode = Literal["dense", "predict", "sparse"]
+BLOCK = 64  # rows whose scores, or gathered keys, exist at one time
+
+
+class ConnectivityPredictor(nn.Module):
+    """Which keys each query keeps.
+
+    keep: share of the keys, (0, 1]. token_reduction: tokens per basis vector. channel_reduction: of the head's width.
+    basis_threshold: entries of |U| up to it count as 0. coef_topk: basis vectors that a query uses.
+    num_prefix_tokens: 1 for a class token in front, 0 for none. share_basis: U is P.
+    Raises ValueError for sizes that do not fit; one predictor is for one number of tokens (`resize_tokens`).
+    """
+
+    layout = "q, k -> indices"  # part of a mechanism, not one
+
+    def __init__(
+        self,
+        head_dim: int,
+        num_tokens: int,
+        num_heads: int,
+        *,
+        keep: float = 0.25,
+        token_reduction: int = 6,
+        channel_reduction: int = 2,
+        basis_threshold: float = 0.02,
+        coef_topk: int = 8,
+        num_prefix_tokens: int = 1,
+        share_basis: bool = False,
+    ) -> None:
+        super().__init__()
+        rank, width = num_tokens // max(token_reduction, 1), head_dim // max(channel_reduction, 1)
+        if not 0 < keep <= 1 or min(token_reduction, channel_reduction, rank, width) < 1:
+            raise ValueError(
+                f"ConnectivityPredictor: keep {keep}, token_reduction {token_reduction} of {num_tokens} tokens, "
+                f"channel_reduction {channel_reduction} of {head_dim} channels; keep lies in (0, 1], reductions in 1 "
+                "to what they reduce"
+            )
+        if not 1 <= coef_topk <= rank:
+            raise ValueError(f"ConnectivityPredictor: coef_topk {coef_topk}; there are {rank} basis vectors")
+        if num_prefix_tokens not in (0, 1) or num_tokens <= num_prefix_tokens:
+            raise ValueError(
+                f"ConnectivityPredictor: num_prefix_tokens {num_prefix_tokens} of {num_tokens}; expected 1 (a class "
+                "token) or 0"
+            )
+        self.num_tokens, self.num_heads, self.prefix, self.keep = num_tokens, num_heads, num_prefix_tokens, keep
+        self.basis_threshold, self.coef_topk = basis_threshold, coef_topk
+        self.proj_c_q, self.proj_c_k = nn.Linear(head_dim, width), nn.Linear(head_dim, width)
+        self.proj_n = nn.Parameter(torch.zeros(num_tokens, rank))
+        self.proj_back_n = self.proj_n if share_basis else nn.Parameter(torch.zeros(num_tokens, rank))
+        for weight in (self.proj_n, self.proj_back_n):
+            nn.init.trunc_normal_(weight, std=0.02)
+
+    @property
+    def budget(self) -> int:
+        """Keys that a query keeps."""
+        return math.ceil(self.keep * self.num_tokens - 1e-9)
+
+    def coefficients(
+        self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h n d"], positions: Int[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b h p m"]:
+        """Weights of the basis vectors for the queries after the prefix; each row sums to 1.
+
+        positions: which tokens these are, where some were pruned; prefix included. Raises ValueError for another number
+        of tokens than the predictor's.
+        """
+        if positions is None and q.shape[2] != self.num_tokens:
+            raise ValueError(
+                f"ConnectivityPredictor: {q.shape[2]} tokens, its weights are for {self.num_tokens}; resize_tokens "
+                "makes them fit another number"
+            )
+        down = self.proj_n if positions is None else self.proj_n[positions][:, None]
+        keys = self.proj_c_k(k).mT @ down
+        return (self.proj_c_q(q)[:, :, self.prefix :] @ keys * self.num_heads**-0.5).softmax(-1)
+
+    def reconstruct(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h p n"]:
+        """The approximate attention that is regressed on the dense one: signed, from the whole basis."""
+        return self.coefficients(q, k) @ self.proj_back_n.mT
+
+    def sparse_basis(self) -> Float[Tensor, "n m"]:
+        """|U| without its small entries."""
+        basis = self.proj_back_n.detach().abs()
+        return basis.masked_fill(basis <= self.basis_threshold, 0)
+
+    def density(self) -> float:
+        """Share of the entries of the sparse basis that are not 0."""
+        return float((self.sparse_basis() != 0).double().mean())
+
+    @torch.no_grad()
+    def forward(
+        self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h n d"], positions: Int[Tensor, "b n"] | None = None
+    ) -> Int[Tensor, "b h p w"]:
+        """Keys that each query after the prefix keeps, best first; at most the tokens that are there.
+
+        Scores exist for a block of queries at a time.
+        """
+        s = self.coefficients(q, k, positions)
+        kept, places = s.topk(self.coef_topk, sorted=False)
+        s = torch.zeros_like(s).scatter(-1, places, kept)
+        basis = self.sparse_basis()
+        basis = basis if positions is None else basis[positions][:, None]
+        width = min(self.budget, q.shape[2])
+        found = [
+            (rows @ basis.mT).sort(dim=-1, descending=True, stable=True).indices[..., :width]
+            for rows in s.split(BLOCK, 2)
+        ]
+        return torch.cat(found, 2) if found else s.new_zeros(*s.shape[:3], width, dtype=torch.long)
+
+    @torch.no_grad()
+    def resize_tokens(self, num_tokens: int) -> None:
+        """Fit the weights to another number of tokens, by interpolation along the tokens (prefix kept); m stays.
+
+        A start for tuning at another resolution, not a choice that the paper makes.
+        """
+        if num_tokens <= self.prefix:
+            raise ValueError(f"resize_tokens: {num_tokens} tokens; expected more than the prefix, {self.prefix}")
+        shared = self.proj_back_n is self.proj_n
+
+        def resized(weight: Tensor) -> nn.Parameter:
+            rest = weight[self.prefix :].mT[None]
+            rest = nn.functional.interpolate(rest, num_tokens - self.prefix, mode="linear", align_corners=False)
+            return nn.Parameter(torch.cat([weight[: self.prefix], rest[0].mT]))
+
+        self.proj_n = resized(self.proj_n)
+        self.proj_back_n = self.proj_n if shared else resized(self.proj_back_n)
+        self.num_tokens = num_tokens
+
+
+def connectivity_from_indices(
+    indices: Int[Tensor, "b h p w"], num_tokens: int, num_prefix_tokens: int = 1
+) -> Bool[Tensor, "b h n s"]:
+    """The boolean mask: kept keys of every query, all keys for the prefix."""
+    b, h, p, _ = indices.shape
+    mask = torch.zeros(b, h, p, num_tokens, dtype=torch.bool, device=indices.device).scatter(-1, indices, True)
+    return torch.cat([mask.new_ones(b, h, num_prefix_tokens, num_tokens), mask], 2)
+
+
+def gathered_attention(
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b h s d"],
+    v: Float[Tensor, "b h s e"],
+    indices: Int[Tensor, "b h p w"],
+    *,
+    scale: float | None = None,
+) -> Float[Tensor, "b h n e"]:
+    """Softmax attention over the kept keys alone, gathered; the first n - p queries see every key.
+
+    No `[n s]` matrix is made for the others: products are w / s of the dense ones. O(p w d) memory in blocks of rows.
+    """
+    n, d = q.shape[2:]
+    prefix = n - indices.shape[2]
+    factor = d**-0.5 if scale is None else scale
+    out = [scaled_dot_product_attention(q[:, :, :prefix], k, v, scale=factor)] if prefix else []
+    for start in range(0, indices.shape[2], BLOCK):
+        rows = indices[:, :, start : start + BLOCK]
+        flat = rows.flatten(2)[..., None]
+        keys = k.gather(2, flat.expand(-1, -1, -1, d)).unflatten(2, rows.shape[2:])
+        values = v.gather(2, flat.expand(-1, -1, -1, v.shape[-1])).unflatten(2, rows.shape[2:])
+        query = q[:, :, prefix + start : prefix + start + BLOCK, None]
+        out.append(((query @ keys.mT * factor).softmax(-1) @ values)[:, :, :, 0])
+    return torch.cat(out, 2)
+
+
+class SparsifinerAttention(nn.Module):
+    """Self-attention of a vision transformer over the keys that a predictor keeps; weights named as in timm.
+
+    mode: "sparse" attends to the kept keys; "predict" attends to all and keeps in `reconstruction` what the predictor
+    is trained on (`predictor_loss`); "dense" attends to all. implementation of "sparse": "masked" is fused attention
+    with the mask, "gather" is `gathered_attention`, "auto" is the faster one as measured: the mask.
+    """
+
+    layout = "b n c, choice without gradient"  # the contracts ask for a gradient of every parameter
+    patterns = ("noncausal self",)
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_tokens: int,
+        *,
+        keep: float = 0.25,
+        token_reduction: int = 6,
+        channel_reduction: int = 2,
+        basis_threshold: float = 0.02,
+        coef_topk: int = 8,
+        num_prefix_tokens: int = 1,
+        share_basis: bool = False,
+        qkv_bias: bool = True,
+        implementation: Literal["auto", "masked", "gather"] = "auto",
+    ) -> None:
+        super().__init__()
+        check_heads("SparsifinerAttention", embed_dim, num_heads)
+        self.num_heads, self.head_dim, self.num_tokens = num_heads, embed_dim // num_heads, num_tokens
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
+        self.mask_predictor = ConnectivityPredictor(
+            self.head_dim,
+            num_tokens,
+            num_heads,
+            keep=keep,
+            token_reduction=token_reduction,
+            channel_reduction=channel_reduction,
+            basis_threshold=basis_threshold,
+            coef_topk=coef_topk,
+            num_prefix_tokens=num_prefix_tokens,
+            share_basis=share_basis,
+        )
+        self.head_point = HeadPoint(num_heads)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.mode: Mode = "sparse"
+        self.implementation = implementation
+        self.reconstruction: Tensor | None = None
+
+    def __getstate__(self) -> dict:
+        """A copy does not take the graph of the last loss with it."""
+        return self.__dict__ | {"reconstruction": None}
+
+    def load_dense(self, dense: nn.Module) -> None:
+        """Take over `qkv` and `proj` of a dense attention with timm's names; the predictor stays as it is."""
+        if isinstance(dense, SoftmaxAttention) and dense.num_kv_heads != dense.num_heads:
+            raise ValueError("SparsifinerAttention: grouped keys have no place here; num_kv_heads must be num_heads")
+        for name in ("qkv", "proj"):
+            getattr(self, name).load_state_dict(getattr(dense, name).state_dict())
+
+    def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        """Raises ValueError for another number of tokens than the predictor's."""
+        return self.attend(x)[0]
+
+    def attend(
+        self, x: Float[Tensor, "b n c"], positions: Int[Tensor, "b n"] | None = None, *, scores: bool = False
+    ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b p"] | None]:
+        """The output and, where asked for, the weight of each patch in the class token's row, averaged over heads.
+
+        positions: which tokens these are where some were pruned, the class token's 0 among them.
+        """
+        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, -1))
+        scale, mask, indices = self.head_dim**-0.5, None, None
+        self.reconstruction = None
+        if self.mode == "sparse":
+            indices = self.mask_predictor(q, k, positions)
+        elif self.mode == "predict":
+            self.reconstruction = self._error(q.detach(), k.detach(), scale)
+        if indices is not None and (self.implementation != "gather" or self.head_point.visit is not None):
+            mask = connectivity_from_indices(indices, x.shape[1], self.mask_predictor.prefix)
+        if indices is not None and mask is None:
+            out = gathered_attention(q, k, v, indices, scale=scale)
+        else:
+            out = scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        call = lambda: Call(q, k, v, mask, False, scale, kind="bidirectional")  # noqa: E731
+        mixed = self.proj(self.head_point(out.transpose(1, 2), call, self.proj).flatten(2))
+        if not scores:
+            return mixed, None
+        row = (q[:, :, :1] @ k.mT * scale).softmax(-1)
+        return mixed, row[:, :, 0, 1:].mean(1)
+
+    def _error(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """Summed squared error of the approximate attention; the sum goes over the batch too, as in the paper."""
+        rows = (q[:, :, self.mask_predictor.prefix :] @ k.mT * scale).softmax(-1)
+        return (self.mask_predictor.reconstruct(q, k) - rows).square().sum()
+
+
+def predictor_loss(model: nn.Module) -> Float[Tensor, ""]:
+    """Mean over layers of the summed squared error of the predictors, of the last forward in mode "predict".
+
+    The paper weighs it with 0.01. While the rest of the model stays as it was, its own dense attention is the
+    teacher's.
+    Raises ValueError where there is none.
+    """
+    parts = [one.reconstruction for one in model.modules() if isinstance(one, SparsifinerAttention)]
+    found = [one for one in parts if one is not None]
+    if not found:
+        raise ValueError(
+            f"predictor_loss: {type(model).__name__} has {len(parts)} layers of SparsifinerAttention, and none has a "
+            'loss; call it after a forward in mode "predict"'
+        )
+    return torch.stack(found).mean()
+
+
+class AttentionProducts(NamedTuple):
+    """Multiply-adds of one layer's attention (scores and weighted values) for one image, projections left out."""
+
+    dense: float
+    predictor: float
+    sparse: float
+
+    @property
+    def saved(self) -> float:
+        """Share of the dense products that is saved, the predictor's own counted."""
+        return 1 - (self.predictor + self.sparse) / self.dense
+
+
+def attention_products(
+    num_tokens: int,
+    embed_dim: int,
+    num_heads: int,
+    *,
+    keep: float = 0.25,
+    token_reduction: int = 6,
+    channel_reduction: int = 2,
+    coef_topk: int = 8,
+    num_prefix_tokens: int = 1,
+    density: float = 1.0,
+    present: int | None = None,
+) -> AttentionProducts:
+    """The closed formula. density: share of the basis that is not 0. present: tokens left of num_tokens, None is all.
+
+    Choosing the largest scores is O(n^2) for each head and multiplies nothing; it is not in here.
+
+    >>> [round(attention_products(197, 384, 6, density=share).saved, 2) for share in (1.0, 0.0)]
+    [0.44, 0.5]
+    """
+    n = num_tokens if present is None else present
+    d, rank = embed_dim // num_heads, num_tokens // token_reduction
+    c, queries = d // channel_reduction, n - num_prefix_tokens
+    predictor = num_heads * (2 * n * d * c + n * c * rank + queries * c * rank + queries * coef_topk * density * n)
+    budget = min(math.ceil(keep * num_tokens - 1e-9), n)
+    sparse = 2 * embed_dim * (queries * budget + num_prefix_tokens * n)
+    return AttentionProducts(2 * n * n * embed_dim, predictor, sparse)
