@@ -6,6 +6,7 @@ for of the token grid (`grid_size`, `num_tokens`), then `attention_options`.
 """
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,23 +23,34 @@ __all__ = ["SmallViT", "SmallViTConfig"]
 class SmallViTConfig(PreTrainedConfig):
     """Sizes of a `SmallViT`. The defaults are the digits' (8 x 8 pixels, 16 tokens).
 
-    image_size, patch_size: pixels, or (height, width). attention: a class of `headwise.attention`, or a list of them,
-    one for each layer. attention_options: further arguments of the class. mlp_ratio: width of the MLP over hidden_size.
+    num_labels: classes, 10 unless given. image_size, patch_size: pixels, or (height, width). attention: a class of
+    `headwise.attention`, or a list of them, one for each layer. attention_options: further arguments of the class.
+    mlp_ratio: width of the MLP over hidden_size.
     """
 
     model_type = "headwise-small-vit"
 
-    image_size: int | list[int] | tuple[int, int] = 8
-    patch_size: int | list[int] | tuple[int, int] = 2
-    num_channels: int = 1
-    hidden_size: int = 32
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 8
-    mlp_ratio: float = 2.0
-    num_labels: int = 10
-    dropout: float = 0.0
-    attention: str | list[str] = "SoftmaxAttention"
-    attention_options: dict[str, Any] | None = None
+    def __init__(
+        self,
+        image_size: int | Sequence[int] = 8,
+        patch_size: int | Sequence[int] = 2,
+        num_channels: int = 1,
+        hidden_size: int = 32,
+        num_hidden_layers: int = 2,
+        num_attention_heads: int = 8,
+        mlp_ratio: float = 2.0,
+        dropout: float = 0.0,
+        attention: str | Sequence[str] = "SoftmaxAttention",
+        attention_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs.get("id2label") is None:  # a saved config has the classes by name
+            kwargs.setdefault("num_labels", 10)
+        super().__init__(**kwargs)
+        self.image_size, self.patch_size, self.num_channels = image_size, patch_size, num_channels
+        self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
+        self.num_attention_heads, self.mlp_ratio, self.dropout = num_attention_heads, mlp_ratio, dropout
+        self.attention, self.attention_options = attention, attention_options or {}
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -75,7 +87,7 @@ def _attention(config: SmallViTConfig, layer: int) -> nn.Module:
         "num_tokens": rows * columns,
     }
     wanted = inspect.signature(cls).parameters
-    given = {key: value for key, value in known.items() if key in wanted} | (config.attention_options or {})
+    given = {key: value for key, value in known.items() if key in wanted} | config.attention_options
     return cls(**given)
 
 
@@ -98,18 +110,20 @@ class SmallViT(PreTrainedModel):
     """Image classifier `[b c h w]` -> logits `[b n]`; heads can be probed and edited where the mechanism has heads."""
 
     config_class = SmallViTConfig
+    config: Any
     main_input_name = "pixel_values"
     input_modalities = "image"
 
     def __init__(self, config: SmallViTConfig) -> None:
         super().__init__(config)
         rows, columns = config.grid_size
+        labels: Any = config.num_labels
         patch = _pair(config.patch_size)
         self.patch_embed = nn.Conv2d(config.num_channels, config.hidden_size, patch, patch)
         self.pos_embed = nn.Parameter(torch.zeros(1, rows * columns, config.hidden_size))
         self.blocks = nn.ModuleList(_Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size)
-        self.head = nn.Linear(config.hidden_size, config.num_labels)
+        self.head = nn.Linear(config.hidden_size, labels)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
