@@ -63,8 +63,7 @@ def agent_attention(
     g, s = k.shape[1:3]
     n = agents.shape[2]
     _check(q, k, v, agents, bias_agent_key, bias_query_agent, v_shortcut, is_causal)
-    scale = d**-0.5 if scale is None else scale
-    query_scale = scale if query_scale is None else query_scale
+    first, second = _scales(d, scale, query_scale)
     training = torch.is_grad_enabled() and any(
         x.requires_grad for x in (q, k, v, agents, bias_agent_key, bias_query_agent) if x is not None
     )
@@ -75,19 +74,19 @@ def agent_attention(
         elif not training and not dropout and b * h * n * max(s, t) >= LARGE and not torch.compiler.is_compiling():
             implementation = "blocked"
     if implementation == "fused":
-        gathered = _fused(agents, k, v, scale, bias_agent_key, key_mask, dropout)
-        out = _fused(q, agents, gathered, query_scale, bias_query_agent, agent_mask, dropout)
+        gathered = _fused(agents, k, v, first, bias_agent_key, key_mask, dropout)
+        out = _fused(q, agents, gathered, second, bias_query_agent, agent_mask, dropout)
     elif implementation == "plain":
         keys, values = (x if g == h else x.repeat_interleave(h // g, 1) for x in (k, v))
-        gathered = _weights(agents, keys, scale, bias_agent_key, key_mask, logits_dtype)
+        gathered = _weights(agents, keys, first, bias_agent_key, key_mask, logits_dtype)
         gathered = nn.functional.dropout(gathered, dropout) @ values if dropout else gathered @ values
-        out = _weights(q, agents, query_scale, bias_query_agent, agent_mask, logits_dtype)
+        out = _weights(q, agents, second, bias_query_agent, agent_mask, logits_dtype)
         out = nn.functional.dropout(out, dropout) @ gathered if dropout else out @ gathered
     elif implementation == "blocked":
         if training or dropout:
             raise ValueError("agent_attention: implementation 'blocked' has neither gradients nor dropout; use 'plain'")
-        gathered = gather_blocked(agents, k, v, scale, bias_agent_key, key_mask, logits_dtype)
-        out = hand_out_blocked(q, agents, gathered, query_scale, bias_query_agent, agent_mask, logits_dtype)
+        gathered = gather_blocked(agents, k, v, first, bias_agent_key, key_mask, logits_dtype)
+        out = hand_out_blocked(q, agents, gathered, second, bias_query_agent, agent_mask, logits_dtype)
     else:
         raise ValueError(f"agent_attention: implementation is {implementation!r}; choose auto, plain, blocked or fused")
     if v_shortcut:
@@ -113,12 +112,16 @@ def agent_map(
     Arguments as in `agent_attention`. Neither shortcut nor convolution is part of it.
     """
     _check(q, k, k, agents, bias_agent_key, bias_query_agent, 0.0, False)
-    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    query_scale = scale if query_scale is None else query_scale
+    first, second = _scales(q.shape[-1], scale, query_scale)
     keys = k if k.shape[1] == q.shape[1] else k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    gather = _weights(agents, keys, scale, bias_agent_key, key_mask, None)
-    hand_out = _weights(q, agents, query_scale, bias_query_agent, agent_mask, None)
+    gather = _weights(agents, keys, first, bias_agent_key, key_mask, None)
+    hand_out = _weights(q, agents, second, bias_query_agent, agent_mask, None)
     return (hand_out, gather) if factors else hand_out @ gather
+
+
+def _scales(d: int, scale: float | None, query_scale: float | None) -> tuple[float, float]:
+    first = float(d**-0.5) if scale is None else scale
+    return first, first if query_scale is None else query_scale
 
 
 def _check(
@@ -421,9 +424,10 @@ def _windows(num_agents: int | tuple[int, ...], grid: tuple[int, int] | None, po
                 f"AgentAttention: num_agents is {given[0]}, no square number; on a grid give one, or (rows, columns)"
             )
         given = (side, side)
-    if given[0] > grid[0] or given[1] > grid[1]:
+    rows, columns = given
+    if rows > grid[0] or columns > grid[1]:
         raise ValueError(
-            f"AgentAttention: {given[0]} x {given[1]} agents on a grid of {grid[0]} x {grid[1]} tokens would repeat "
+            f"AgentAttention: {rows} x {columns} agents on a grid of {grid[0]} x {grid[1]} tokens would repeat "
             "each other; give at most as many as the grid has rows and columns"
         )
     return given
