@@ -188,7 +188,7 @@ class Speed:
     growth: dict[str, float]  # time at 12,544 over time at 3,136 tokens (softmax: 3,136 over 784)
 
     @classmethod
-    def of(cls, run: Run, rounds: int = 7) -> "Speed":
+    def of(cls, run: Run, rounds: int = 11) -> "Speed":
         run.log("timing")
         heads, d, n = 4, 32, 49
         calls: dict[tuple[str, int], Callable[[], Tensor]] = {}
