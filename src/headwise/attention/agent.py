@@ -413,7 +413,7 @@ def _padding(mask: Tensor | None, x: Tensor, name: str) -> Tensor | None:
 
 def _windows(num_agents: int | tuple[int, ...], grid: tuple[int, int] | None, pooled: bool) -> tuple[int, ...]:
     """Rows and columns of agents, or their number where they are not windows of a grid."""
-    given: tuple[int, ...] = (num_agents,) if isinstance(num_agents, int) else tuple(num_agents)
+    given = [num_agents] if isinstance(num_agents, int) else list(num_agents)
     if len(given) > 2 or min(given) < 1:
         raise ValueError(f"AgentAttention: num_agents is {num_agents}; expected 1 or more, or (rows, columns)")
     if grid is None or not pooled:
