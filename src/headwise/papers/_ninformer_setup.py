@@ -139,12 +139,11 @@ class Counted:
         for tokens in TOKENS:
             side = round(tokens**0.5)
             x = torch.zeros(1, tokens, 256)
-            network: Any = NiNformerForImageClassification(NiNformerConfig(4 * side, 4, dropout=0.0, depth=1)).to(
-                "meta"
-            )
+            network: Any = NiNformerForImageClassification(NiNformerConfig(4 * side, 4, dropout=0.0, depth=1))
             sizes: dict[str, Any] = {"hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
             vit: Any = SmallViT(SmallViTConfig(4 * side, 4, mlp_ratio=2.0, **sizes))
-            network.to("meta"), vit.to("meta")
+            network.to("meta")
+            vit.to("meta")
             for kind, call in ((NIN, network.blocks[0]), (MIXER, network.blocks[0].gate.mix), (VIT, vit.blocks[0])):
                 found[kind][tokens] = 4 * flops(call, (x,)) / 2e6
         model = NiNformerForImageClassification(NiNformerConfig())
