@@ -36,27 +36,40 @@ class AgentDeiTConfig(PreTrainedConfig):
     """Sizes; the defaults are Agent-DeiT-T's, `preset` gives the paper's three.
 
     image_size, patch_size: pixels of a square. num_agents: a square number. num_agent_layers: so many layers from the
-    first on have agents, the others softmax; None is all. distilled: a second prefix token and head, as DeiT's.
+    first on have agents, the others softmax; None is all. num_labels: classes, 1,000 unless given. distilled: a second
+    prefix token and head, as DeiT's.
     drop_path_rate: share of samples that skip the last layer's branches in training; the first layer's is 0.
     """
 
     model_type = "headwise-agent-deit"
 
-    image_size: int = 224
-    patch_size: int = 16
-    num_channels: int = 3
-    hidden_size: int = 192
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 3
-    mlp_ratio: float = 4.0
-    num_agents: int = 49
-    num_agent_layers: int | None = None
-    num_labels: int = 1000
-    distilled: bool = False
-    qkv_bias: bool = True
-    attention_dropout: float = 0.0
-    hidden_dropout: float = 0.0
-    drop_path_rate: float = 0.0
+    def __init__(
+        self,
+        image_size: int = 224,
+        patch_size: int = 16,
+        num_channels: int = 3,
+        hidden_size: int = 192,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 3,
+        mlp_ratio: float = 4.0,
+        num_agents: int = 49,
+        num_agent_layers: int | None = None,
+        distilled: bool = False,
+        qkv_bias: bool = True,
+        attention_dropout: float = 0.0,
+        hidden_dropout: float = 0.0,
+        drop_path_rate: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs.get("id2label") is None:  # a saved config has the classes by name
+            kwargs.setdefault("num_labels", 1000)
+        super().__init__(**kwargs)
+        self.image_size, self.patch_size, self.num_channels = image_size, patch_size, num_channels
+        self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
+        self.num_attention_heads, self.mlp_ratio, self.qkv_bias = num_attention_heads, mlp_ratio, qkv_bias
+        self.num_agents, self.num_agent_layers, self.distilled = num_agents, num_agent_layers, distilled
+        self.attention_dropout, self.hidden_dropout = attention_dropout, hidden_dropout
+        self.drop_path_rate = drop_path_rate
 
     @classmethod
     def preset(cls, size: Literal["tiny", "small", "base"], **changes: Any) -> "AgentDeiTConfig":
@@ -154,8 +167,9 @@ class AgentDeiT(PreTrainedModel):
         self.pos_drop = nn.Dropout(config.hidden_dropout)
         self.blocks = nn.ModuleList(_Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.head = nn.Linear(width, config.num_labels)
-        self.head_dist = nn.Linear(width, config.num_labels) if config.distilled else None
+        labels: Any = config.num_labels
+        self.head = nn.Linear(width, labels)
+        self.head_dist = nn.Linear(width, labels) if config.distilled else None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
