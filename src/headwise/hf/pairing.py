@@ -37,7 +37,7 @@ def pair_attention(
     if checkpointed and model.training and partner is not None:
         raise UnsupportedModel(
             "pair_attention: the model checkpoints gradients and would run its layers again, unpaired, in the backward "
-            "pass; call model.gradient_checkpointing_disable()"
+            "pass; call model.activation_checkpointing_disable()"
         )
     seen: list[Scored] = []
 

@@ -154,7 +154,7 @@ class DualCrossAttention(PreTrainedModel):
     options: further arguments of the config.
 
     >>> from transformers import ViTConfig, ViTModel
-    >>> vit = ViTModel(ViTConfig(32, 2, 4, 48, image_size=16, patch_size=4))
+    >>> vit = ViTModel(ViTConfig(hidden_size=32, num_attention_heads=4, image_size=16, patch_size=4))
     >>> model = DualCrossAttention(vit, num_classes=7, local_ratio=0.3)
     >>> model(torch.randn(2, 3, 16, 16)).features.shape
     torch.Size([2, 64])
