@@ -18,15 +18,17 @@ from headwise.tasks.digits import Digits, digit_batches, digit_images
 from headwise.tasks.reidentification import IdentityImages, identity_batches, identity_images, reid_metrics
 from headwise.training import OptimiserSpec, fit, warmup_cosine
 
-STEPS = {"digits": 600, "people": 300}
+STEPS = {"digits": 450, "people": 150}
 RATIO = {"digits": 0.3, "people": 0.3}
 PEOPLE = 48
 # width, blocks: two baselines, as DeiT-Tiny and ViT-Base are the paper's
 BACKBONES = {"small": (32, 2), "large": (48, 4)}
 PLAIN, LOCAL, RANDOM, PAIR, DUAL, LONGER = "baseline", "GLCA", "GLCA, random queries", "PWCA", "DCAL", "baseline, twice"
+WIDER = "baseline, wider start"
 ARMS: dict[str, dict[str, Any]] = {
     PLAIN: {"glca_layers": 0, "pwca": False},
     LONGER: {"glca_layers": 0, "pwca": False},
+    WIDER: {"glca_layers": 0, "pwca": False},
     LOCAL: {"pwca": False},
     RANDOM: {"pwca": False, "selection": "random"},
     PAIR: {"glca_layers": 0},
@@ -34,8 +36,8 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def backbone(task: str, size: str) -> Any:
-    """An untrained ViTModel with a class token."""
+def backbone(task: str, size: str, start: float) -> Any:
+    """An untrained ViTModel with a class token; start: standard deviation of its weights."""
     from transformers import ViTConfig, ViTModel
 
     width, blocks = BACKBONES[size]
@@ -43,7 +45,7 @@ def backbone(task: str, size: str) -> Any:
     if task == "people":
         grid = {"image_size": (24, 12), "patch_size": (3, 3), "num_channels": 3}
     options: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": blocks, "intermediate_size": 2 * width}
-    return ViTModel(ViTConfig(num_attention_heads=4, **options, **grid))
+    return ViTModel(ViTConfig(num_attention_heads=4, initializer_range=start, **options, **grid))
 
 
 def wrapped(task: str, size: str, arm: str, seed: int) -> DualCrossAttention:
@@ -52,7 +54,8 @@ def wrapped(task: str, size: str, arm: str, seed: int) -> DualCrossAttention:
     options: dict[str, Any] = {"local_ratio": RATIO[task], **ARMS[arm]}
     if task == "people":
         options["objective"] = "reidentification"
-    return DualCrossAttention(backbone(task, size), 10 if task == "digits" else PEOPLE, **options)
+    start = BACKBONES[size][0] ** -0.5 if arm == WIDER else 0.02  # DeiT's, or one that keeps the variance
+    return DualCrossAttention(backbone(task, size, start), 10 if task == "digits" else PEOPLE, **options)
 
 
 def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -198,6 +201,8 @@ def results(run: Run) -> Results:
             seconds[arm] = time.process_time() - start
         if task == "digits":
             digits[size, arm] = recognised(model, data)
+            run.log(f"{digits[size, arm]}")
         else:
             people[size, arm] = found(model, test)
+            run.log(f"{people[size, arm]}")
     return Results(digits, people, test, seconds)
