@@ -39,7 +39,35 @@ def vit(**options: Any) -> Any:
 
 
 def model(backbone: Any = None, **options: Any) -> Any:
-    return DualCrossAttention(vit() if backbone is None else backbone, 5, **{"local_ratio": 0.3, **options}).eval()
+    options = {"local_ratio": 0.3, "readout": "mean", **options}
+    return DualCrossAttention(vit() if backbone is None else backbone, 5, **options).eval()
+
+
+def test_one_block_read_by_its_class_token_ignores_the_selection():
+    """The paper's form: no query reads another one, so only the mean of the tokens tells which were selected."""
+    scores = {}
+    for readout in ("class", "mean"):
+        for selection in ("rollout", "random"):
+            torch.manual_seed(0)
+            made = model(readout=readout, selection=selection)
+            torch.manual_seed(7)
+            scores[readout, selection] = made(X).branch_logits["local"]
+    assert torch.equal(scores["class", "rollout"], scores["class", "random"])
+    assert not torch.allclose(scores["mean", "rollout"], scores["mean", "random"], atol=1e-3)
+    made = model(readout="class")
+    tokens, _ = made._trunk.run(X, None, False, {})
+    index = torch.tensor([[0, 3, 9]] * 4)
+    whole = made.local_norm(made.local_blocks[0](tokens, index)[:, 0])
+    torch.testing.assert_close(made(X).features[:, 32:], whole)
+    assert made(X).selected.tolist() == [[0]] * 4 and model(readout="class", glca_layers=2)(X).selected.shape == (4, 6)
+
+
+def test_the_mean_of_the_local_tokens():
+    made = model()
+    index = made(X).selected
+    tokens, _ = made._trunk.run(X, None, False, {})
+    expected = made.local_norm(made.local_blocks[0](tokens, index).mean(1))
+    torch.testing.assert_close(made(X).features[:, 32:], expected)
 
 
 def test_the_self_branch_is_the_backbone():
@@ -191,7 +219,7 @@ def test_local_weights_are_its_own():
 
 
 def test_two_local_layers_read_what_the_first_wrote():
-    wrapped = model(glca_layers=2)
+    wrapped = model(glca_layers=2, readout="class")
     index = wrapped(X).selected
     tokens, _ = wrapped._trunk.run(X, None, False, {})
     first = wrapped.local_blocks[0](tokens, index)
@@ -338,7 +366,10 @@ def test_timms_network_gives_timms_scores():
 
 
 def test_all_prefix_tokens_of_timm_are_left_out():
-    assert DualCrossAttention(TimmLike(2), local_ratio=1.0)(X).selected.tolist() == [[0, *range(2, 18)]] * 4
+    assert (
+        DualCrossAttention(TimmLike(2), local_ratio=1.0, readout="mean")(X).selected.tolist()
+        == [[0, *range(2, 18)]] * 4
+    )
 
 
 # Refusals
@@ -367,6 +398,7 @@ def test_backbones_that_do_not_fit_are_refused():
         ({"local_ratio": 1.5}, "local_ratio is 1.5"),
         ({"selection": "first"}, "'first'"),
         ({"objective": "triplet"}, "'triplet'"),
+        ({"readout": "max"}, "'max'"),
     ],
 )
 def test_options_out_of_range_are_refused(options, said):

@@ -5,6 +5,10 @@
 Paper: headwise/papers/dual_cross_attention.py (Zhu et al., CVPR 2022). Reconstructed where it is silent: GLCA reads the
 tokens before the final norm, w starts at 0, PWCA shares the final norm and the classifier with SA, and both images of a
 pair travel through the PWCA branch.
+
+The paper classifies GLCA's class token. After its one block that token has read all tokens, and no other query: the
+selection then cannot change any score, although the paper reports that random queries are worse. `readout="mean"` reads
+the selected tokens, too, and there it matters, as it does with more than one block; where it does not, it is not made.
 """
 
 from dataclasses import dataclass
@@ -43,7 +47,8 @@ class DualCrossAttentionConfig(PreTrainedConfig):
 
     local_ratio: share of the patches that GLCA selects, in (0, 1]; the paper takes 0.1 for fine-grained classes, 0.3
     for re-identification. glca_layers: blocks of GLCA, 0 for none (the paper's 1). pwca: pairs in training.
-    selection: "rollout", or the paper's ablations "last" (the last layer's map alone) and "random".
+    readout: GLCA's "class" token, as the paper says, or the "mean" of it and the selected tokens. selection: "rollout",
+    or the paper's ablations "last" (the last layer's map alone) and "random".
     objective: cross-entropy, or cross-entropy and the triplet loss of each branch's class token with `margin`.
     weight_bound: the uncertainty weights w act within plus and minus this, since they fall for ever where a training
     loss reaches 0. backbone_config: of a transformers backbone; None where the backbone is timm's.
@@ -59,6 +64,7 @@ class DualCrossAttentionConfig(PreTrainedConfig):
         glca_layers: int = 1,
         pwca: bool = True,
         selection: str = "rollout",
+        readout: str = "class",
         objective: str = "classification",
         margin: float = 0.3,
         weight_bound: float = 4.0,
@@ -67,7 +73,7 @@ class DualCrossAttentionConfig(PreTrainedConfig):
         if isinstance(backbone_config, dict):
             backbone_config = CONFIG_MAPPING[backbone_config["model_type"]](**backbone_config)
         self.local_ratio, self.glca_layers, self.pwca = local_ratio, glca_layers, pwca
-        self.selection, self.objective = selection, objective
+        self.selection, self.readout, self.objective = selection, readout, objective
         self.margin, self.weight_bound = margin, weight_bound
         super().__init__(**kwargs)
         # Last: the base class would reset the attention implementation of a backbone that is already there.
@@ -94,7 +100,7 @@ class DualCrossAttentionOutput(ModelOutput):
 
     branch_logits: "self", "local" where there is GLCA, "pair" where images were paired, each `[b n]`. features
     `[b 2c]`: the final class tokens of SA and GLCA side by side (`[b c]` without GLCA), for re-identification.
-    selected `[b r]`: the tokens that GLCA read.
+    selected `[b r]`: the queries of GLCA, the class token 0 alone where no other can matter.
     """
 
     loss: Tensor | None = None
@@ -240,8 +246,8 @@ class DualCrossAttention(PreTrainedModel):
             if batch == 1:
                 _warn_single()
             partner = torch.randperm(batch).to(pixel_values.device)
-        local = self.local_norm is not None
-        tokens, scored = trunk.run(pixel_values, partner, local and self.config.selection != "random", backbone_options)
+        record = self._selects and self.config.selection != "random"
+        tokens, scored = trunk.run(pixel_values, partner, record, backbone_options)
         normed: Tensor = trunk.norm(tokens[:, 0])
         classes = {"self": normed[:batch]}
         scores = {"self": self.classifier(normed[:batch])}
@@ -274,7 +280,15 @@ class DualCrossAttention(PreTrainedModel):
         _, scored = trunk.run(pixel_values, None, True, backbone_options)
         return rollout_row(scored)[:, trunk.num_prefix_tokens :]
 
+    @property
+    def _selects(self) -> bool:
+        """Whether the selected tokens can change anything."""
+        layers = self.config.glca_layers
+        return bool(layers) and (layers > 1 or self.config.readout == "mean")
+
     def _select(self, tokens: Tensor, scored: Any, prefix: int) -> Tensor:
+        if not self._selects:
+            return torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
         if self.config.selection == "random":
             response = torch.rand(tokens.shape[:2], device=tokens.device)
         elif self.config.selection == "last":
@@ -289,7 +303,7 @@ class DualCrossAttention(PreTrainedModel):
         for block in self.local_blocks:
             chosen = block(tokens, index)
             tokens = tokens.scatter(1, index[..., None].expand(-1, -1, tokens.shape[2]), chosen)
-        return chosen[:, 0]
+        return chosen.mean(1) if self.config.readout == "mean" else chosen[:, 0]
 
     def _loss(self, scores: Tensor, classes: Tensor, labels: Tensor) -> Tensor:
         loss = nn.functional.cross_entropy(scores, labels)
@@ -332,6 +346,7 @@ def _check(config: Any) -> None:
         raise ValueError(f"DualCrossAttention: local_ratio is {config.local_ratio}; expected a share in (0, 1]")
     for name, known in (
         ("selection", ("rollout", "last", "random")),
+        ("readout", ("class", "mean")),
         ("objective", ("classification", "reidentification")),
     ):
         if getattr(config, name) not in known:
