@@ -89,7 +89,8 @@ class ClassSemanticsAttention(nn.Module):
         hidden = max(1, feature_dim // reduction) if hidden_dim is None and reduction > 0 else hidden_dim
         _check(given, feature_dim, hidden, kernel_size, groups, branches, fuse, source)
         self.semantic_dim, self.feature_dim, self.source = given, feature_dim, source
-        self.branches, self.fuse, self.temporal_pool = tuple(branches), fuse, temporal_pool
+        self.branches, self.fuse = tuple(branches), fuse
+        self.temporal_pool: Pool = temporal_pool
         self.interpolate = interpolate
         self.channel: nn.Module | None = None
         self.time: nn.Module | None = None

@@ -188,8 +188,9 @@ class BoundaryMatchingNetwork(PreTrainedModel):
         upper = torch.ones(steps, steps, dtype=confidence.dtype, device=confidence.device).triu()
         out = BoundaryMatchingOutput(confidence=confidence * upper, starts=starts, ends=ends)
         if labels is not None:
-            out.losses = self.criterion(confidence, starts, ends, labels)
-            out.loss = out.losses["starts"] + out.losses["ends"] + 10 * out.losses["overlap"] + out.losses["right"]
+            parts = self.criterion(confidence, starts, ends, labels)
+            out.losses = parts
+            out.loss = parts["starts"] + parts["ends"] + 10 * parts["overlap"] + parts["right"]
         return out.to_tuple() if return_dict is False else out
 
     def _segments(self, x: Float[Tensor, "b c t"]) -> Float[Tensor, "b o t t"]:

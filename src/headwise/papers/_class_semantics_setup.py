@@ -64,7 +64,8 @@ def loss(model: Any, batch: tuple[Tensor, dict[str, Tensor]]) -> Tensor:
 
 
 def trained(arm: str, data: ActionVideos, run: Run) -> BoundaryMatchingNetwork:
-    model: Any = network(arm, run.seed).to(run.device)
+    model: Any = network(arm, run.seed)
+    model.to(run.device)
 
     def batches(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         scores, labels = data.batch(torch.randint(len(data.scores), (16,), generator=generator))
@@ -102,7 +103,10 @@ def detected(model: Any, data: ActionVideos, semantics: Tensor | None = None) ->
     for number in range(len(scores)):
         segments, values = proposals_of(out.confidence[number], out.starts[number], out.ends[number])
         segments, values = soft_nms(segments, values, keep=PROPOSALS)
-        detections += [Detection(str(number), *segment, value) for segment, value in zip(segments, values, strict=True)]
+        detections += [
+            Detection(str(number), start, end, score)
+            for (start, end), score in zip(segments.tolist(), values.tolist(), strict=True)
+        ]
         best = segments[:1]
         fooled += _overlap(best, data.distractors[number]) > _overlap(best, data.segments[number])
     precision = average_precision(detections, data.truth(), TIOU)

@@ -66,7 +66,8 @@ def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def trained(task: str, size: str, arm: str, draw: Callable[..., Any], seed: int, device: str) -> DualCrossAttention:
-    model: Any = wrapped(task, size, arm, seed).to(device)
+    model: Any = wrapped(task, size, arm, seed)
+    model.to(device)
 
     def batches(step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         images, labels = draw(step, generator)

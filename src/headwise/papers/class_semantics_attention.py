@@ -60,8 +60,8 @@ PAPER = Paper(
             ),
             criterion=(
                 "the trained BMN with CSA, 150 test videos: with the weights computed from another video's class "
-                "scores and with those from its own scores in another order of time, the average precision (IoU 0.3 to 0.7) "
-                "falls by at least 0.02 each"
+                "scores and with those from its own scores in another order of time, the average precision (IoU 0.3 "
+                "to 0.7) falls by at least 0.02 each"
             ),
             control="the same weights from the video's own scores",
         ),
@@ -71,7 +71,8 @@ PAPER = Paper(
             claim=(
                 "We demonstrate on two popular action detection datasets that incorporating our novel attention "
                 "mechanism provides considerable performance gains on competitive action detection models "
-                "(e.g., around 6.2% improvement over BMN action detection baseline to obtain 47.5% mAP on the THUMOS-14 dataset),"
+                "(e.g., around 6.2% improvement over BMN action detection baseline to obtain 47.5% mAP on the "
+                "THUMOS-14 dataset),"
             ),
             paper_figure="THUMOS-14: 47.5 mAP, about 6.2 above BMN (abstract)",
             criterion=(
