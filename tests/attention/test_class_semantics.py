@@ -1,6 +1,7 @@
 """Class semantics-based attention: its identities, padding, options, and what is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from headwise.attention.class_semantics import ClassSemanticsAttention, SqueezeE
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "squeeze_excite.safetensors"
 
 
-def module(**options) -> ClassSemanticsAttention:
+def module(**options) -> Any:
     return ClassSemanticsAttention(6, 16, **{"reduction": 2, **options})
 
 
@@ -148,7 +149,7 @@ def test_semantics_of_another_rate():
 
 def test_widths():
     assert module().channel[0].out_features == 8 and module(hidden_dim=3).channel[0].out_features == 3
-    assert ClassSemanticsAttention(6, 16, reduction=64).channel[0].out_features == 1
+    assert module(reduction=64).channel[0].out_features == 1
     assert module(temporal_pool="mean+std").channel[0].in_features == 12
 
 

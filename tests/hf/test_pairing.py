@@ -1,5 +1,7 @@
 """Pairs through the attention interface: any order of single and paired images, masks, and everything undone."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import ViTConfig, ViTModel
@@ -13,7 +15,12 @@ X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture
 def vit():
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }
     model = ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4, initializer_range=0.3)).eval()
     model.set_attn_implementation("sdpa")
     return model

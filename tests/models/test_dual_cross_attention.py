@@ -242,7 +242,8 @@ def test_parameters_of_deit_tiny():
 
 def test_a_trained_classifier_is_kept():
     torch.manual_seed(0)
-    trained = ViTForImageClassification(ViTConfig(**SIZES, num_labels=5)).eval()
+    classes: dict[str, Any] = {"num_labels": 5}
+    trained = ViTForImageClassification(ViTConfig(**SIZES, **classes)).eval()
     logits = trained(X).logits
     torch.testing.assert_close(DualCrossAttention(trained).eval()(X).branch_logits["self"], logits)
     other = DualCrossAttention(trained, 7)
@@ -328,15 +329,22 @@ class Block(nn.Module):
         self.drop_path1, self.drop_path2 = nn.Identity(), nn.Identity()
 
 
+class Patches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, 32, 4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x).flatten(2).mT
+
+
 class TimmLike(nn.Module):
     """The modules, and no forward: DualCrossAttention runs them."""
 
     def __init__(self, prefix: int = 1) -> None:
         super().__init__()
         self.num_prefix_tokens, self.embed_dim, self.num_classes = prefix, 32, 5
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(3, 32, 4, 4)
-        self.patch_embed.forward = lambda x: self.patch_embed.proj(x).flatten(2).mT
+        self.patch_embed = Patches()
         self.blocks = nn.ModuleList(Block() for _ in range(2))
         self.patch_drop, self.norm_pre, self.norm = nn.Identity(), nn.Identity(), nn.LayerNorm(32, 1e-6)
         self.cls_token = nn.Parameter(torch.randn(1, prefix, 32))

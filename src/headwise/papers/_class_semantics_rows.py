@@ -118,7 +118,7 @@ def network_is_bmn() -> Measured:
         measured=f"{count:,} parameters; the two orders differ by {apart:.1e} of the largest",
         holds=margin >= 0,
         margin=margin,
-        values={"parameters": count, "difference": apart},
+        values={"parameters": float(count), "difference": apart},
     )
 
 

@@ -81,7 +81,10 @@ class ActivityNetAnnotations:
         videos, clipped, dropped = {}, 0, 0
         for name, entry in database.items():
             duration = _duration(entry, f"{path}, {name}")
-            given = [(one["segment"], str(one.get("label", "action"))) for one in entry.get("annotations", ())]
+            given = [
+                ([float(moment) for moment in one["segment"]], str(one.get("label", "action")))
+                for one in entry.get("annotations", ())
+            ]
             segments, labels, cut, lost = _clean(given, duration)
             clipped, dropped = clipped + cut, dropped + lost
             videos[name] = VideoAnnotation(str(entry.get("subset", "")), duration, segments, labels)
