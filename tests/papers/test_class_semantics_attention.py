@@ -9,7 +9,7 @@ from headwise.papers import _class_semantics_rows as rows
 from headwise.papers import _class_semantics_setup as setup
 from headwise.papers.record import find_paper
 from headwise.papers.running import Run
-from headwise.tasks.action_videos import action_videos
+from headwise.tasks.untrimmed_videos import action_videos
 from headwise.training import OptimiserSpec, fit
 
 VALUES = {setup.PLAIN: 0.50, setup.SE: 0.51, setup.SEMANTICS: 0.54, setup.BOTH: 0.56, setup.CONTROL: 0.52}

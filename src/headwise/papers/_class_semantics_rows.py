@@ -19,7 +19,7 @@ from headwise.papers._class_semantics_setup import (
 from headwise.papers.running import Run
 from headwise.papers.verdicts import Measured
 from headwise.report.plots import COLOURS, bars, figure
-from headwise.tasks.action_videos import ActionVideos
+from headwise.tasks.untrimmed_videos import ActionVideos
 
 Found = Mapping[str, Detected]
 

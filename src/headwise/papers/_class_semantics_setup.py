@@ -14,7 +14,6 @@ from torch import Tensor
 
 from headwise.models.boundary_matching import BoundaryMatchingConfig, BoundaryMatchingNetwork
 from headwise.papers.running import Run
-from headwise.tasks.action_videos import ActionVideos, action_videos
 from headwise.tasks.temporal_detection import (
     Detection,
     average_precision,
@@ -23,6 +22,7 @@ from headwise.tasks.temporal_detection import (
     soft_nms,
     temporal_iou,
 )
+from headwise.tasks.untrimmed_videos import ActionVideos, action_videos
 from headwise.training import OptimiserSpec, fit, warmup_cosine
 
 STEPS, VIDEOS, TESTS = 800, 600, 150

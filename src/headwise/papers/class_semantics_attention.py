@@ -25,7 +25,7 @@ PAPER = Paper(
         "headwise.models.boundary_matching",
         "headwise.ops.boundary_matching",
         "headwise.tasks.temporal_detection",
-        "headwise.tasks.action_videos",
+        "headwise.tasks.untrimmed_videos",
         "headwise.papers._class_semantics_setup",
         "headwise.papers._class_semantics_rows",
     ),

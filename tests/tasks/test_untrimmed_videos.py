@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from headwise.tasks.action_videos import NEAR, action_videos
 from headwise.tasks.temporal_detection import boundary_labels
+from headwise.tasks.untrimmed_videos import NEAR, action_videos
 
 
 def test_actions_and_distractors_without_noise():
