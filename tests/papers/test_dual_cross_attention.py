@@ -15,7 +15,6 @@ from headwise.tasks.reidentification import identity_images
 RIGHT = {
     "baseline": 0.80,
     "baseline, twice": 0.81,
-    "baseline, wider start": 0.85,
     "GLCA": 0.82,
     "GLCA, mean": 0.82,
     "GLCA, mean, random": 0.81,
@@ -83,8 +82,6 @@ def test_costs_are_counted():
 def test_arms_of_a_seed_start_alike_and_differ_as_named():
     arms = {arm: setup.wrapped("digits", "small", arm, 3) for arm in setup.ARMS}
     first = arms[setup.PLAIN].backbone.state_dict()
-    wider = arms.pop(setup.WIDER).backbone.layers[0].mlp.fc1.weight.std()
-    assert float(wider.detach()) == pytest.approx(32**-0.5, rel=0.1)
     for name, arm in arms.items():
         assert all(torch.equal(value, first[key]) for key, value in arm.backbone.state_dict().items()), name
     assert [len(arms[name].local_blocks) for name in (setup.PLAIN, setup.PAIR, setup.LOCAL, setup.DUAL)] == [0, 0, 1, 1]
@@ -113,7 +110,7 @@ def test_where_an_even_response_lies():
 
 
 def test_training_learns_the_digits_and_rows_come_from_models(monkeypatch, tmp_path):
-    monkeypatch.setitem(setup.STEPS, "digits", 400)
+    monkeypatch.setitem(setup.STEPS, "digits", 200)
     data = digit_images(200)
     model = setup.trained("digits", "small", setup.DUAL, setup.digit_batches(data, 32), 0, "cpu")
     one = setup.recognised(model, data)

@@ -15,7 +15,6 @@ from headwise.papers._dual_cross_setup import (
     PAIR,
     PLAIN,
     RANDOM,
-    WIDER,
     Results,
     part_shares,
 )
@@ -44,7 +43,7 @@ def glca(found: Results) -> Measured:
 
 
 def pwca(found: Results) -> Measured:
-    arms = {arm: found.digits[LARGE, arm] for arm in (PLAIN, PAIR, LONGER, WIDER)}
+    arms = {arm: found.digits[LARGE, arm] for arm in (PLAIN, PAIR, LONGER)}
     gaps = {arm: one.trained_on - one.alone for arm, one in arms.items()}
     margin = min(
         arms[PAIR].alone - arms[PLAIN].alone - 0.03,
@@ -57,7 +56,7 @@ def pwca(found: Results) -> Measured:
 
     return Measured(
         measured=words(PAIR),
-        control=f"{words(PLAIN)}; {words(LONGER)}; {words(WIDER)}",
+        control=f"{words(PLAIN)}; {words(LONGER)}",
         holds=margin >= 0,
         margin=margin,
         values={arm: one.alone for arm, one in arms.items()} | {f"{arm}: gap": gap for arm, gap in gaps.items()},
@@ -202,10 +201,7 @@ def _counted(**options: Any) -> tuple[int, int]:
 def draw(run: Run, found: Results) -> None:
     path = run.out / f"{run.paper.slug}.png"
     with figure(path, 3, width=4.4) as (digits, people, looks):
-        arms = {
-            arm: [100 * found.digits[LARGE, arm].both]
-            for arm in (PLAIN, LONGER, WIDER, LOCAL, MEAN, RANDOM, PAIR, DUAL)
-        }
+        arms = {arm: [100 * found.digits[LARGE, arm].both] for arm in (PLAIN, LONGER, LOCAL, MEAN, RANDOM, PAIR, DUAL)}
         bars(digits, [""], arms, y="right of 597 digits, %", title="200 training digits")
         digits.set_ylim(60, 110)
         digits.legend(fontsize=7, ncols=2, loc="upper left")
