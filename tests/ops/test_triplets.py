@@ -32,7 +32,7 @@ def test_a_batch_without_triplets_costs_nothing(labels):
     features = torch.randn(3, 4, requires_grad=True)
     loss = batch_hard_triplet(features, torch.tensor(labels))
     loss.backward()
-    assert float(loss) == 0 and features.grad is not None and not features.grad.any()
+    assert loss.item() == 0 and features.grad is not None and not features.grad.any()
 
 
 def test_equal_features_have_a_finite_gradient():
