@@ -27,6 +27,8 @@ def small_inputs(model: Any) -> dict[str, torch.Tensor]:
     name, generator = model.main_input_name, torch.Generator().manual_seed(0)
     if name == "input_ids":
         return {"input_ids": torch.randint(2, model.config.vocab_size, (2, 9), generator=generator)}
+    if name == "features":  # channels over time
+        return {name: torch.randn(2, model.config.feature_dim, model.config.temporal_scale, generator=generator)}
     size = getattr(model.config, "image_size", 16)
     return {name: torch.randn(2, getattr(model.config, "num_channels", 3), size, size, generator=generator)}
 
