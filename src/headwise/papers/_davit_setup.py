@@ -109,7 +109,7 @@ def train_pairs(run: Run, steps: int = STEPS) -> dict[str, Trained]:
             seed=run.seed,
             optimiser=OptimiserSpec(lr=4e-3, betas=(0.9, 0.999), weight_decay=0.01),
             schedule=one_cycle,
-            clip=None,
+            clip=1.0,  # as the official recipe has it
             checkpoints=range(0, steps + 1, 100),
             on_checkpoint=lambda step, model, seen=seen: seen.update({step: accuracy(model, *held)[0]}),
         )
