@@ -119,6 +119,9 @@ class Trained:
     def mean(self, kind: str) -> float:
         return mean(self.points[kind])
 
+    def sizes(self) -> str:
+        return ", ".join(f"{kind} {thousands:.0f} k" for kind, thousands in self.parameters.items())
+
     def said(self, *kinds: str) -> str:
         return ", ".join(f"{kind} {self.mean(kind):.2f} %" for kind in kinds)
 
@@ -207,7 +210,7 @@ def better(trained: Trained) -> Measured:
     margin = trained.mean(NIN) - max(trained.mean(VIT), trained.mean(MIXER)) - 1e-9
     return Measured(
         measured=trained.said(NIN, VIT, MIXER),
-        control=trained.said(SUM),
+        control=f"{trained.said(SUM)}; parameters: {trained.sizes()}",
         holds=margin >= 0,
         margin=margin,
         values=trained.values(),
@@ -216,10 +219,9 @@ def better(trained: Trained) -> Measured:
 
 def better_than_vit(trained: Trained) -> Measured:
     margin = trained.mean(NIN) - trained.mean(VIT) - 1
-    sizes = ", ".join(f"{kind} {trained.parameters[kind]:.0f} k" for kind in KINDS)
     return Measured(
         measured=trained.said(NIN, VIT),
-        control=f"parameters: {sizes}",
+        control=f"parameters: {trained.sizes()}",
         holds=margin >= 0,
         margin=margin,
         values={"gain": margin + 1},

@@ -94,17 +94,23 @@ PAPER = Paper(
         ),
         Claim(
             id="better",
-            kind="claim",
+            kind="untestable",
             claim=(
                 "Extensive experimentation shows that the proposed design provides better performance than the "
                 "baseline architectures on multiple datasets applied in the image classification task of the vision "
                 "domain."
             ),
+            criterion="several data sets of photographs; the row better-on-digits has one of small pictures",
+        ),
+        Claim(
+            id="better-on-digits",
+            kind="check",
+            claim="The same, on one small data set.",
             criterion=(
                 "test accuracy on digits (600 training images, equal width, depth and steps) above that of both "
                 "baselines, the ViT with learned positions and the MLP-Mixer"
             ),
-            control="the sum instead of the product of the same two factors",
+            control="the sum instead of the product of the same two factors; parameters of all",
         ),
         Claim(
             id="better-than-vit",
@@ -143,7 +149,7 @@ def reproduce(run: "Run") -> dict[str, "Measured"]:
     return {
         "compute": rows.compute(counted),
         "dynamic": rows.dynamic(trained, run),
-        "better": rows.better(trained),
+        "better-on-digits": rows.better(trained),
         "better-than-vit": rows.better_than_vit(trained),
         "needs-mixing": rows.needs_mixing(trained),
         "operations": rows.operations(counted),

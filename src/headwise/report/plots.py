@@ -135,7 +135,11 @@ def bars(
         )
     axes.set_xticks(range(len(groups)), list(groups))
     axes.grid(visible=False, axis="x")
-    _finish(axes, x, y, title, legend=len(series) > 1)
+    _finish(axes, x, y, title, legend=False)
+    if len(series) > 1:  # inside, it would lie on bars sooner or later
+        axes.legend(
+            loc="upper center", bbox_to_anchor=(0.5, -0.18 if x else -0.1), ncols=min(3, len(series)), fontsize=8
+        )
 
 
 def head_matrix(
