@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 __all__ = ["ELA", "EfficientLocalAttention", "gate_axes", "strip_gate", "strip_means"]
 
-Version = Literal["T", "B", "S", "L"]
 # kernel, channels of one group of the convolution, groups of the normalisation
 VERSIONS = {"T": (5, 1, 32), "B": (7, 1, 16), "S": (5, 8, 16), "L": (7, 8, 16)}
 
@@ -85,13 +84,13 @@ class EfficientLocalAttention(nn.Module):
     def __init__(
         self,
         channels: int,
-        version: Version = "B",
+        version: str = "B",
         *,
         kernel_size: int | None = None,
         conv_groups: int | None = None,
         norm_groups: int | None = None,
         shared: bool | None = None,
-        variant: Literal["paper", "timm"] = "paper",
+        variant: str = "paper",
         identity_init: bool = False,
         act_layer: object = None,
         device: torch.device | str | None = None,

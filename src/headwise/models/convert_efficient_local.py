@@ -61,15 +61,13 @@ def add_attention(
     for site in sites:
         old = getattr(site.owner, site.name)
         if old is not None and any(isinstance(one, EfficientLocalAttention) for one in old.modules()):
-            raise ValueError(
-                f"add_attention: {type(site.owner).__name__}.{site.name} has attention of this kind already"
-            )
+            raise ValueError(f"add_attention: {type(site.owner).__name__}.{site.name} has this attention already")
         like = next(site.owner.parameters(), None)
         given = {} if like is None else {"device": like.device, "dtype": like.dtype}
         groups = options.get("norm_groups") or (1 if options.get("variant") == "timm" else VERSIONS[version][2])
         if fit_groups and site.channels % groups:
             given["norm_groups"] = gcd(site.channels, groups)
-        new = EfficientLocalAttention(site.channels, version, **{**options, **given})  # type: ignore[arg-type]
+        new = EfficientLocalAttention(site.channels, version, **{**options, **given})
         made.append(new.train(site.owner.training))
     for site, new in zip(sites, made, strict=True):
         old = getattr(site.owner, site.name)

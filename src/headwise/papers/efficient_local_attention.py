@@ -115,10 +115,10 @@ PAPER = Paper(
             claim=("ELA can be seamlessly integrated into deep CNN networks such as ResNet, MobileNet, and DeepLab."),
             criterion=(
                 "one call puts it into every block of transformers' ResNet-50, MobileNetV2 and MobileNetV2 with the "
-                "DeepLabV3+ head, at full size; shapes of outputs stay, every new parameter gets a gradient, and with "
-                "gates that start open (0.982) logits keep a cosine of 0.99 or more with the network's own"
+                "DeepLabV3+ head, at full size with random weights; shapes of outputs stay, every new parameter gets a "
+                "gradient, and with all gates open (sigmoid 1) logits are the network's own to a share of 1e-4"
             ),
-            control="the same with the default start, whose gates are about 0.5 each",
+            control="how much logits change with the gates as they start, about 0.5 each",
         ),
         Claim(
             id="superior",
