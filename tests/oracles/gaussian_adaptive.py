@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "gaussian-adaptive-attention==0.1.5"]
 # ///
-"""What the released Gaussian adaptive attention gives: several axes, heads and Gaussians, a remainder, padding, a block.
+"""What the released Gaussian adaptive attention gives: axes, heads and Gaussians, a remainder, padding, a block.
 
 usage: gaussian_adaptive.py OUT.safetensors
 """
@@ -21,7 +21,7 @@ CASES = {
     "features": ((2, 7, 12), -1, 3, 2, None),
     "time": ((2, 13, 5), 1, 2, 3, None),  # 13 = 6 + 7
     "matrix": ((6, 9), 0, 1, 1, None),
-    "four axes": ((2, 3, 8, 4), 2, 4, 5, None),
+    "four axes": ((2, 3, 16, 4), 2, 3, 5, None),
     "padded": ((2, 10, 4), 1, 1, 2, 0.0),
 }
 
@@ -35,7 +35,7 @@ def main(out: str) -> None:
             module = MultiHeadGaussianAdaptiveAttention(axis, heads, gaussians, padding)
             with torch.no_grad():
                 for head in module.attention_heads:
-                    head.mean_offsets.normal_(std=0.5)
+                    head.mean_offsets.normal_(std=0.2)
                     head.c.copy_(torch.where(torch.rand(gaussians) < 0.5, -1.0, 1.0) * (1 + torch.rand(gaussians)))
             module.to(dtype)
             x = torch.randn(shape, dtype=dtype) * 2 + 1
@@ -45,6 +45,9 @@ def main(out: str) -> None:
             tensors |= {f"{label}/{name}/x": x, f"{label}/{name}/y": y.detach(), f"{label}/{name}/weights": weights}
             tensors |= {f"{label}/{name}/state/{key}": value for key, value in module.state_dict().items()}
     block = GaussianBlock([-1, 1], [2, 1], [2, 2], 2).double()
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            parameter.copy_(1 + torch.rand(2) if name.endswith("c") else 0.2 * torch.randn(2))
     x = torch.randn(2, 6, 8, dtype=torch.float64)
     tensors |= {"block/x": x, "block/y": block(x).detach()}
     tensors |= {f"block/state/{key}": value for key, value in block.state_dict().items()}

@@ -111,12 +111,14 @@ def gaussian_attention_weights(
 
 def _standardise(x: Tensor, dim: int, seen: Tensor | None, eps: float, padding: Tensor | None) -> tuple[Tensor, Tensor]:
     """x less its mean, and its unbiased variance plus eps, which alone is left of one value."""
+    if x.shape[dim] == 1 or not x.numel():
+        return torch.zeros_like(x), torch.full_like(x, eps)
     if padding is not None:
         counted = x.masked_fill(padding, 0)
         mean = counted.mean(dim, keepdim=True)
-        return x - mean, counted.var(dim, keepdim=True, correction=min(1, x.shape[dim] - 1)) + eps
+        return x - mean, counted.var(dim, keepdim=True) + eps
     if seen is None:
-        variance, mean = torch.var_mean(x, dim, keepdim=True, correction=min(1, x.shape[dim] - 1))
+        variance, mean = torch.var_mean(x, dim, keepdim=True)
         return x - mean, variance + eps
     share = seen.to(x.dtype).expand(x.shape)
     count = share.sum(dim, keepdim=True)
@@ -304,7 +306,7 @@ class GaussianAdaptiveAttention(nn.Module):
             out = out * self._shared_by(x, attention_mask)
         if self.padding_value is not None:
             out = torch.where(x == self.padding_value, x, out)
-        dim, axis = self._axes(x)
+        axis = self._axes(x)[1]
         if x.ndim == 3 and axis == 2 and x.shape[2] % self.num_heads == 0:
             out = self.head_point(out.unflatten(2, (self.num_heads, -1))).flatten(2)
         return (out, weights) if return_weights else out

@@ -3,18 +3,19 @@
     features of all layers -> Gaussian adaptive blocks -> (grouped-query attention) -> layers weighed -> mean over time
 
 With `num_attention_heads` it is the paper's combination with dot-product attention: every block attends with grouped
-queries first and is re-weighted after. The Importance Factor ranks layers, times and features. The released code has the
-attention only; how the network joins its parts is reconstructed from the paper's description.
+queries first and is re-weighted after. The Importance Factor ranks layers, times and features. The released code has
+the attention only; how the network joins its parts is reconstructed from the paper's description.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from headwise.attention.gaussian_adaptive import GaussianAdaptiveAttention, importance_factor
 from headwise.attention.softmax import SoftmaxAttention
@@ -33,17 +34,25 @@ class GaussianAdaptiveConfig(PreTrainedConfig):
 
     model_type = "headwise-gaussian-adaptive"
 
-    feature_size: int = 768
-    num_feature_layers: int = 13
-    num_blocks: int = 1
-    num_heads: int = 8
-    num_gaussians: int = 4
-    dim: str = "time"
-    combine: str = "product"
-    num_attention_heads: int | None = None
-    num_kv_heads: int | None = None
-    hidden_size: int = 256
-    num_labels: int = 4
+    def __init__(
+        self,
+        feature_size: int = 768,
+        num_feature_layers: int = 13,
+        num_blocks: int = 1,
+        num_heads: int = 8,
+        num_gaussians: int = 4,
+        dim: str = "time",
+        combine: str = "product",
+        num_attention_heads: int | None = None,
+        num_kv_heads: int | None = None,
+        hidden_size: int = 256,
+        **kwargs: Any,
+    ) -> None:
+        self.feature_size, self.num_feature_layers, self.hidden_size = feature_size, num_feature_layers, hidden_size
+        self.num_blocks, self.num_heads, self.num_gaussians = num_blocks, num_heads, num_gaussians
+        self.dim, self.combine = dim, combine
+        self.num_attention_heads, self.num_kv_heads = num_attention_heads, num_kv_heads
+        super().__init__(**kwargs)
 
     @staticmethod
     def example() -> "GaussianAdaptiveConfig":
@@ -55,7 +64,7 @@ class GaussianAdaptiveConfig(PreTrainedConfig):
             num_attention_heads=4,
             num_kv_heads=2,
             hidden_size=12,
-        )  # type: ignore[call-arg]
+        )
 
 
 @dataclass
@@ -110,7 +119,7 @@ class GaussianAdaptiveTransformer(PreTrainedModel):
             nn.LayerNorm(config.feature_size),
             nn.Linear(config.feature_size, config.hidden_size),
             nn.GELU(),
-            nn.Linear(config.hidden_size, config.num_labels),
+            nn.Linear(config.hidden_size, int(config.num_labels or 0)),
         )
         self.post_init()
 
@@ -135,8 +144,8 @@ class GaussianAdaptiveTransformer(PreTrainedModel):
         wanted = (self.config.num_feature_layers, self.config.feature_size)
         if x.ndim != 4 or (x.shape[1], x.shape[3]) != wanted:
             raise ValueError(
-                f"GaussianAdaptiveTransformer: input_features are {tuple(x.shape)}; expected [batch, {wanted[0]} layers, "
-                f"time, {wanted[1]}]"
+                f"GaussianAdaptiveTransformer: input_features are {tuple(x.shape)}; expected [batch, "
+                f"{wanted[0]} layers, time, {wanted[1]}]"
             )
         b, layers = x.shape[:2]
         mask = None if attention_mask is None else attention_mask.bool()

@@ -60,7 +60,10 @@ def encoders() -> dict[str, tuple[nn.Module, dict[str, Tensor]]]:
             BertModel(BertConfig(**sizes, vocab_size=60)),
             {"input_ids": torch.randint(0, 60, (12, 16)), "attention_mask": torch.ones(12, 16, dtype=torch.long)},
         ),
-        "vision": (ViTModel(ViTConfig(**sizes, image_size=16, patch_size=4)), {"pixel_values": torch.randn(12, 3, 16, 16)}),
+        "vision": (
+            ViTModel(ViTConfig(**sizes, image_size=16, patch_size=4)),
+            {"pixel_values": torch.randn(12, 3, 16, 16)},
+        ),
     }  # fmt: skip
 
 
@@ -73,9 +76,9 @@ def modalities(run: Run) -> Measured:
                 states = encoder.eval()(**inputs, output_hidden_states=True).hidden_states
             labels = torch.arange(12) % 4
             for heads in (None, 4):
-                sizes: dict[str, Any] = {"feature_size": 32, "num_feature_layers": len(states), "num_heads": 4}
+                sizes: dict[str, Any] = {"feature_size": 32, "num_feature_layers": len(states), "num_labels": 4}
                 config = GaussianAdaptiveConfig(
-                    **sizes, num_attention_heads=heads, num_kv_heads=heads and 2, hidden_size=32
+                    **sizes, num_attention_heads=heads, num_kv_heads=heads and 2, num_heads=4, hidden_size=32
                 )
                 model = GaussianAdaptiveTransformer(config)
                 losses = fit(

@@ -129,7 +129,7 @@ def attention_received(model: Pooled, x: Tensor) -> Tensor:
 def auroc(scores: Tensor, positive: Tensor) -> float:
     """The chance that a positive scores above a negative, ties as a half."""
     flat, which = scores.flatten().double(), positive.flatten()
-    values, places, counts = flat.unique(return_inverse=True, return_counts=True)
+    _, places, counts = flat.unique(return_inverse=True, return_counts=True)
     before = counts.cumsum(0) - counts
     rank = (before + (counts + 1) / 2)[places]
     number = int(which.sum())

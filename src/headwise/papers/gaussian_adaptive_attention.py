@@ -1,7 +1,7 @@
 """Attention weights from learned Gaussians over features.
 
-Method: headwise/attention/gaussian_adaptive.py; the transformer on frozen encoders: headwise/models/gaussian_adaptive.py.
-The runs classify generated series and handwritten digits.
+Method: headwise/attention/gaussian_adaptive.py; the transformer on frozen encoders stands in
+headwise/models/gaussian_adaptive.py. The runs classify generated series and handwritten digits.
 """
 
 from typing import TYPE_CHECKING
@@ -32,9 +32,9 @@ PAPER = Paper(
             id="modalities",
             kind="check",
             claim=(
-                "We propose the Multi-Head Gaussian Adaptive Attention Mechanism (GAAM), a novel probabilistic attention "
-                "framework, and the Gaussian Adaptive Transformer (GAT), designed to enhance information aggregation "
-                "across multiple modalities, including Speech, Text and Vision."
+                "We propose the Multi-Head Gaussian Adaptive Attention Mechanism (GAAM), a novel probabilistic "
+                "attention framework, and the Gaussian Adaptive Transformer (GAT), designed to enhance information "
+                "aggregation across multiple modalities, including Speech, Text and Vision."
             ),
             criterion=(
                 "the transformer reads all hidden states of a speech, a text and a vision encoder of transformers "
@@ -137,8 +137,8 @@ PAPER = Paper(
             kind="check",
             claim="A product of several Gaussians is one Gaussian: no weight and no accuracy comes from more of them.",
             criterion=(
-                "for 1 to 32 Gaussians the product of densities (float64) and one softmax with two numbers differ by at "
-                "most 1e-12; trained accuracy with 5 and with 1 differs by at most 2 points"
+                "for 1 to 32 Gaussians the product of densities (float64) and one softmax with two numbers differ by "
+                "at most 1e-12; trained accuracy with 5 and with 1 differs by at most 2 points"
             ),
             control="a sum of 5 Gaussians differs from its single best Gaussian (largest difference of weights)",
         ),

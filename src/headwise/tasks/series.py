@@ -38,8 +38,8 @@ def contaminated_series(
     """
     if not 0 <= share <= 1 or min(count, length, channels, classes) < 1:
         raise ValueError(
-            f"contaminated_series: count {count}, length {length}, channels {channels}, classes {classes}, share {share}; "
-            "expected sizes of 1 or more and a share from 0 to 1"
+            f"contaminated_series: count {count}, length {length}, channels {channels}, classes {classes}, share "
+            f"{share}; expected sizes of 1 or more and a share from 0 to 1"
         )
     levels = spread * torch.randn(classes, channels, generator=torch.Generator().manual_seed(10_000 + template_seed))
     rng = torch.Generator().manual_seed(seed)
@@ -59,8 +59,8 @@ def burst_series(
     """
     if not 0 <= bursts <= length or min(count, length, channels) < 1:
         raise ValueError(
-            f"burst_series: count {count}, length {length}, channels {channels}, bursts {bursts}; expected sizes of 1 or "
-            "more and at most as many bursts as times"
+            f"burst_series: count {count}, length {length}, channels {channels}, bursts {bursts}; expected sizes of 1 "
+            "or more and at most as many bursts as times"
         )
     rng = torch.Generator().manual_seed(seed)
     labels = torch.randint(channels, (count,), generator=rng)
