@@ -41,8 +41,8 @@ def positional_weights(
 
 
 def positional_attention(
-    p_q: Float[Tensor, "*p h t d"],
-    p_k: Float[Tensor, "*p h s d"],
+    p_q: Float[Tensor, "*p g t d"],
+    p_k: Float[Tensor, "*p g m d"],
     v: Float[Tensor, "b h s e"],
     *,
     scale: float | None = None,
@@ -103,7 +103,7 @@ class PositionalAttention(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-        self._kept: tuple[Any, Tensor] | None = None
+        self._kept: tuple[Tensor | int, Any, Tensor] | None = None
 
     @staticmethod
     def example() -> "PositionalAttention":
@@ -132,22 +132,23 @@ class PositionalAttention(nn.Module):
         keeps = (
             not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()) and attention_mask is None
         )
-        key = self._key(positions) if keeps else None
-        if keeps and self._kept is not None and self._kept[0] == key:
-            return self._kept[1]
+        state = self._state(positions) if keeps else None
+        if keeps and self._kept is not None:
+            # The very encodings, which are held so that no other tensor can take their place.
+            of, kept_state, weights = self._kept
+            if kept_state == state and (of is positions or (isinstance(positions, int) and of == positions)):
+                return weights
         given = self.one_hot(positions) if isinstance(positions, int) else positions
         p_q, p_k = self.queries_keys(given)
         weights = positional_weights(p_q, p_k, mask=self._mask(given.shape[-2], attention_mask))
         if keeps:
-            self._kept = (key, weights)
+            self._kept = (positions, state, weights)
         return weights
 
-    def _key(self, positions: Tensor | int) -> Any:
-        """What the weights depend on: the very tensors, by identity, place and version."""
-        state = tuple((one.data_ptr(), one._version, one.dtype) for one in self.qk.parameters())
-        if isinstance(positions, int):
-            return positions, state
-        return (id(positions), positions.data_ptr(), positions._version, positions.shape, positions.dtype), state
+    def _state(self, positions: Tensor | int) -> Any:
+        """Place and version of all that the weights are made of: another one after a change."""
+        tensors = [*self.qk.parameters()] + ([] if isinstance(positions, int) else [positions])
+        return tuple((one.data_ptr(), one._version, one.dtype) for one in tensors)
 
     def _mask(self, count: int, attention_mask: Tensor | None) -> Tensor | None:
         mask = None if attention_mask is None else attention_mask[:, None, None].bool()
@@ -159,7 +160,7 @@ class PositionalAttention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n c"],
-        positions: Float[Tensor, "*p n d"] | None = None,
+        positions: Float[Tensor, "*p m d"] | None = None,
         attention_mask: Bool[Tensor, "b n"] | None = None,
     ) -> Float[Tensor, "b n c"]:
         """positions: `[n p]` for all items, or `[b n p]`. attention_mask: True = real tokens.

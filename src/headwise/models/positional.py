@@ -62,7 +62,7 @@ class PositionalConfig(PreTrainedConfig):
 
     @staticmethod
     def example() -> "PositionalConfig":
-        return PositionalConfig(in_dim=16, length=16, hidden_size=12, num_layers=2, mlp_hidden=8)
+        return PositionalConfig(in_dim=16, length=16, hidden_size=32, num_layers=2, mlp_hidden=32)
 
 
 @dataclass
@@ -144,6 +144,7 @@ class PositionalTransformer(PreTrainedModel):
         self.encode = nn.Linear(config.in_dim + beside, config.hidden_size)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
         self.decode = nn.Linear(config.hidden_size, config.out_dim)
+        self._encodings: dict[Any, Tensor] = {}
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -151,8 +152,12 @@ class PositionalTransformer(PreTrainedModel):
 
     def encodings(self, count: int) -> Float[Tensor, "n p"]:
         """Unit vectors of count tokens and of the blank node, which always has the last one."""
-        unit = torch.eye(self.config.pos_dim, dtype=self.encode.weight.dtype, device=self.encode.weight.device)
-        return torch.cat([unit[:count], unit[-1:]])
+        like = self.encode.weight
+        key = count, like.dtype, like.device
+        if key not in self._encodings:  # the same tensor each time, by which layers know that their weights still hold
+            unit = torch.eye(self.config.pos_dim, dtype=like.dtype, device=like.device)
+            self._encodings[key] = torch.cat([unit[:count], unit[-1:]])
+        return self._encodings[key]
 
     def forward(
         self,

@@ -103,7 +103,7 @@ PAPER = Paper(
             id="rope",
             kind="check",
             claim="Rotary positions in the standard transformer do not close the gap.",
-            criterion="on prefix sums, at 10 times the range, MSE with rotary positions is at least 10 times the positional",
+            criterion="on prefix sums, at 10 times the range, rotary positions give at least 10 times its MSE",
             control="the standard transformer without them",
         ),
         Claim(
