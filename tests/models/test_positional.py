@@ -35,8 +35,8 @@ def test_there_is_no_residual_and_no_norm():
     net = model()
     assert not any(isinstance(one, nn.LayerNorm | nn.Dropout) for one in net.modules())
     for block in net.blocks:
-        nn.init.zeros_(block.mlp[2].weight)  # type: ignore[union-attr, index, arg-type]
-        nn.init.zeros_(block.mlp[2].bias)  # type: ignore[union-attr, index, arg-type]
+        nn.init.zeros_(block.mlp[2].weight)
+        nn.init.zeros_(block.mlp[2].bias)
     torch.testing.assert_close(net(X).values, net.decode.bias.expand(3, 8, 1))
 
 
@@ -95,3 +95,14 @@ def test_refusals():
         model(attention="random")
     with pytest.raises(ValueError, match="num_heads 5 do not divide hidden_size 64"):
         model(attention="standard", num_heads=5)
+
+
+def test_weights_are_made_once_for_encodings_of_its_own():
+    net, calls = model(), []
+    layer = net.blocks[0].attention
+    layer.qk.register_forward_hook(lambda *given: calls.append(1))
+    with torch.no_grad():
+        first = net(X).values
+        assert torch.equal(net(X).values, first) and len(calls) == 1
+    net(X)
+    assert len(calls) == 2

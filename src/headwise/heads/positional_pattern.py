@@ -43,8 +43,10 @@ def positional_patterns(model: nn.Module, batches: Inputs) -> dict[Head, Float[T
 
 
 def positional_scores(model: nn.Module, batches: Inputs) -> HeadMap:
-    """How positional each head is, `positional` in [0, 1]: 1 less the mean distance (total variation) of its rows from
-    those of its mean pattern. 1: the same rows for every text. Row 0 of a causal model, which has no choice, counts not.
+    """How positional each head is, `positional` in [0, 1]; 1: the same rows for every text.
+
+    1 less the mean distance (total variation) of a head's rows from those of its mean pattern. Row 0, which has no
+    choice in a causal model, is left out.
     """
     kept = list(batches)
     patterns = positional_patterns(model, kept)

@@ -154,10 +154,14 @@ class PositionalTransformer(PreTrainedModel):
         """Unit vectors of count tokens and of the blank node, which always has the last one."""
         like = self.encode.weight
         key = count, like.dtype, like.device
-        if key not in self._encodings:  # the same tensor each time, by which layers know that their weights still hold
-            unit = torch.eye(self.config.pos_dim, dtype=like.dtype, device=like.device)
-            self._encodings[key] = torch.cat([unit[:count], unit[-1:]])
-        return self._encodings[key]
+        if key in self._encodings:
+            return self._encodings[key]
+        unit = torch.eye(self.config.pos_dim, dtype=like.dtype, device=like.device)
+        made = torch.cat([unit[:count], unit[-1:]])
+        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            # The same tensor each time, by which layers know that the weights they kept still hold.
+            self._encodings[key] = made
+        return made
 
     def forward(
         self,
