@@ -6,9 +6,9 @@ import torch
 from headwise.tasks.series import burst_series, contaminated_series
 
 
-def test_outliers_are_a_fifth_of_each_channel_with_one_sign():
+def test_outliers_are_a_fifth_of_the_cells_with_one_sign_a_channel():
     data, clean = contaminated_series(50, seed=1), contaminated_series(50, seed=1, shift=0.0)
-    assert (data.changed.sum(1) == round(0.2 * 64)).all()
+    assert 0.18 < data.changed.float().mean() < 0.22 and data.changed.sum(1).float().std() > 2
     moved = data.values - clean.values
     assert torch.equal(moved.abs().round() == 6, data.changed)
     signs = moved.sum(1).sign()

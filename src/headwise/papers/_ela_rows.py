@@ -27,7 +27,7 @@ from headwise.papers._ela_setup import (
 )
 from headwise.papers.running import Run
 from headwise.papers.verdicts import Measured
-from headwise.report.plots import figure
+from headwise.report.plots import COLOURS, figure
 
 Found = Mapping[tuple[str, str], Trained]
 PER_CHANNEL = {"T": 7, "B": 9, "S": 42, "L": 58}
@@ -275,12 +275,13 @@ def draw(run: Run, found: Found) -> None:
                 [found[task, names[index]].accuracy for index in at],
                 0.38,
                 label=task,
+                color=COLOURS[place],
             )
         right.set_yticks(range(len(names)), names)
         right.invert_yaxis()
         right.set_xlabel("test accuracy")
         right.set_title("Modules in one network")
-        right.legend(loc="lower left", fontsize=8)
+        right.legend(loc="upper center", bbox_to_anchor=(0.4, -0.16), ncols=2, fontsize=8)
         share = {name: evidence_share(found[MARKED, name], held) for name in (NONE, SE, CA, ELA_B)}
         gates.boxplot([values.numpy() for values in share.values()], tick_labels=list(share), showfliers=False)
         gates.axhline(1 / 3, color="#a9aeb4", linewidth=1)

@@ -298,6 +298,7 @@ def draw(run: Run, found: Found) -> None:
     with figure(path, 3, width=4.4) as (right, modes, cells):
         shown = {name: [found[task, name].accuracy for task in COMPARED] for name in (MEAN, GAAM, MHA)}
         bars(right, list(COMPARED), shown, y="test accuracy", title="Three tasks, three ways to pool")
+        right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3, fontsize=8)
         x, target = values_and_target(MODES["two modes"])
         modes.fill_between(x.tolist(), target.tolist(), color="#d5d9de", label="target")
         for combine in ("product", "sum"):

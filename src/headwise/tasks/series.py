@@ -32,8 +32,9 @@ def contaminated_series(
 ) -> Series:
     """A class's level in each channel, N(0, spread^2), plus noise N(0, 1), with outliers.
 
-    In each channel of each series `share` of the times are shifted by +shift or -shift, one sign for all of them, so
-    that the mean of the channel is off and its typical value is not. template_seed: of the classes' levels.
+    In each channel of each series every time is shifted with probability `share`, by +shift or -shift, one sign for
+    all of them, so that the mean of the channel is off, by an amount that cannot be foreseen, and its typical value is
+    not. template_seed: of the classes' levels.
     Raises ValueError for a share outside [0, 1].
     """
     if not 0 <= share <= 1 or min(count, length, channels, classes) < 1:
@@ -45,7 +46,7 @@ def contaminated_series(
     rng = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (count,), generator=rng)
     values = levels[labels][:, None] + torch.randn(count, length, channels, generator=rng)
-    changed = _chosen(count, length, channels, round(share * length), rng)
+    changed = torch.rand(count, length, channels, generator=rng) < share
     sign = torch.randint(2, (count, 1, channels), generator=rng) * 2.0 - 1
     return Series(values + shift * sign * changed, labels, changed)
 
@@ -66,11 +67,6 @@ def burst_series(
     labels = torch.randint(channels, (count,), generator=rng)
     values = torch.randn(count, length, channels, generator=rng)
     here = torch.nn.functional.one_hot(labels, channels).bool()[:, None]
-    changed = _chosen(count, length, channels, bursts, rng) & here
-    return Series(values + height * changed, labels, changed)
-
-
-def _chosen(count: int, length: int, channels: int, number: int, rng: torch.Generator) -> Tensor:
-    """`number` random times of every series and channel."""
     order = torch.rand(count, length, channels, generator=rng).argsort(1).argsort(1)
-    return order < number
+    changed = (order < bursts) & here
+    return Series(values + height * changed, labels, changed)
