@@ -55,6 +55,11 @@ PAPER = Paper(
                 "(KL) of a target with one, with two and with three separate modes"
             ),
             control="a sum of 5 Gaussians, fitted alike",
+            known=(
+                "a product of Gaussians is one Gaussian, whose single mode cannot fit two: 0.46 and 0.27 nats are "
+                "left on two and three modes, where a sum of as many, which the released code does not have, "
+                "leaves none"
+            ),
         ),
         Claim(
             id="surpasses",
@@ -70,6 +75,10 @@ PAPER = Paper(
                 "multi-head dot-product attention with mean pooling"
             ),
             control="multi-head attention (4 heads of 8, about 4,500 parameters), mean pooling",
+            known=(
+                "dot-product attention, with 4,500 parameters against 2, is right in 95.0 % against 88.5 %: it "
+                "learns what of a channel to read, GAAM only how far from the mean a value may lie"
+            ),
         ),
         Claim(
             id="boosts",
@@ -83,6 +92,10 @@ PAPER = Paper(
                 "of test accuracy, with less than 1 % more parameters"
             ),
             control="multi-head attention with mean pooling",
+            known=(
+                "dot-product attention is near the ceiling on this task by itself (95.0 %): GAAM after it gains in "
+                "one seed of three and loses in two"
+            ),
         ),
         Claim(
             id="across-tasks",
@@ -97,6 +110,11 @@ PAPER = Paper(
                 "contaminated series, on series with rare bursts, and on digits read row by row"
             ),
             control="mean pooling and multi-head attention, trained alike",
+            known=(
+                "better than mean pooling on two of three tasks and level on the third, behind dot-product "
+                "attention on all (88.5 and 95.0 %, 73.0 and 93.0 %, 63.1 and 84.3 %): weights that depend on one "
+                "value at a time see no relation of values"
+            ),
         ),
         Claim(
             id="importance",
@@ -124,6 +142,10 @@ PAPER = Paper(
                 "multi-head attention, and the criterion of the row importance is met"
             ),
             control="multi-head attention",
+            known=(
+                "the Importance Factor tells clean cells from shifted ones, but accuracy is below dot-product "
+                "attention's on every task (mean 74.9 and 90.8 %)"
+            ),
         ),
         Claim(
             id="robust-pooling",
