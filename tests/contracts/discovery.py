@@ -33,6 +33,7 @@ SMALL: dict[str, Any] = {
     "kernel_size": 3,
     "chunk_size": 4,
     "block_size": 4,
+    "pos_dim": 16,
     "num_agents": 3,
     "num_slots": 3,
     "num_layers": 2,
