@@ -16,7 +16,7 @@ from headwise.tasks.digits import Digits, digit_batches, digit_images
 from headwise.training import OptimiserSpec, fit, warmup_cosine
 
 BATCH = 32
-DENSE_STEPS, DENSE_RATE = 700, 3e-3
+DENSE_STEPS, DENSE_RATE = 1400, 3e-3
 PREDICT_STEPS, PREDICT_RATE, PREDICT_WEIGHT = 200, 3e-3, 0.01
 TUNE_STEPS, TUNE_RATE = 200, 5e-4
 BOTH = 0.6  # share of the patches that stay after layers 1 and 2, in the network with both sparsities

@@ -110,7 +110,7 @@ PAPER = Paper(
             claim="We also show that combining attention and token sparsity reduces ViT FLOPs by over 60%.",
             paper_figure="over 60 % (abstract)",
             criterion=(
-                "DeiT-S with a quarter of the keys and 40 % of the tokens kept at layers 3, 6 and 9 each needs over "
+                "DeiT-S with a quarter of the keys and 30 % of the tokens kept at layers 3, 6 and 9 each needs over "
                 "60 % fewer multiply-adds, with a full basis; the network on the digits with both sparsities is at "
                 "most 4 points below the dense one after tuning"
             ),
