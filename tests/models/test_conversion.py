@@ -160,7 +160,8 @@ def test_an_edit_of_weights_stays_beneath_the_gate():
     closed = kept["g"][..., 3] == 0
     assert closed.any() and not closed.all()
     assert not outputs["z"][:, :, 3][closed].any() and outputs["z"][:, :, 3][~closed].any()
-    hook.remove(), reading.remove()
+    hook.remove()
+    reading.remove()
 
 
 def test_a_model_under_edits_is_not_converted():
