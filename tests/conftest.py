@@ -20,6 +20,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+from torch.utils._device import _device_constructors  # noqa: E402
 
 settings.register_profile(
     "default",
@@ -31,6 +32,7 @@ settings.register_profile(
 )
 settings.load_profile("default")
 torch.set_num_threads(1)
+_device_constructors()  # torch remembers its constructors at the first `with torch.device(...)`: before they are poisoned
 
 
 @pytest.fixture(autouse=True)
