@@ -32,7 +32,7 @@ settings.register_profile(
 )
 settings.load_profile("default")
 torch.set_num_threads(1)
-_device_constructors()  # torch remembers its constructors at the first `with torch.device(...)`: before they are poisoned
+_device_constructors()  # torch remembers them at the first `with torch.device(...)`: before they are poisoned
 
 
 @pytest.fixture(autouse=True)
