@@ -80,6 +80,10 @@ PAPER = Paper(
                 "parameters than ELA-B"
             ),
             control="coordinate attention as published (reduction 8, inner width at least 8)",
+            known=(
+                "at this size neither hurts coordinate attention: means over three seeds 0.968 as published, "
+                "0.962 with group norm, 0.969 without the reduction; only its parameters are more (2,152 against 720)"
+            ),
         ),
         Claim(
             id="localises",
@@ -133,6 +137,11 @@ PAPER = Paper(
                 "test accuracy than coordinate attention, squeeze-and-excitation and no module"
             ),
             control="coordinate attention, squeeze-and-excitation, no module, each trained alike",
+            known=(
+                "means over three seeds: on the marked band 0.958 against 0.968 of coordinate attention (0.42 of SE); "
+                "among clutter ELA-B lowers accuracy (0.714, no module 0.800, SE 0.837): its two gates average a "
+                "quarter in a young network"
+            ),
         ),
         Claim(
             id="beside-coordinate",
