@@ -93,8 +93,8 @@ PAPER = Paper(
             ),
             control="the dense network; token pruning at layers 1 and 2 by the class token's attention",
             known=(
-                "learned keys are ahead of pruned tokens in one seed of three (+0.5, -0.5, -0.7 points): differences of "
-                "three or four test images of 597"
+                "learned keys are ahead of pruned tokens in one seed of three (+0.5, -0.5, -0.7 points): three or "
+                "four test images of 597"
             ),
         ),
         Claim(
