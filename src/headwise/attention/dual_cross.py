@@ -14,6 +14,7 @@ the class token is always among the queries.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -197,18 +198,19 @@ def pairwise_cross_attention(
 
     An image that is its own partner gets ordinary attention: doubled keys cancel. mask: True for real keys.
     """
-    keys, values = torch.cat([k, k[partner]], 2), torch.cat([v, v[partner]], 2)
-    both = None if mask is None else torch.cat([mask, mask[partner]], 1)[:, None, None]
-    return nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=both, scale=scale)
+    keys, values, real = _beside(k, v, mask, partner)
+    seen = None if real is None else real[:, None, None]
+    return nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=seen, scale=scale)
 
 
-class GlobalLocalCrossAttention(nn.Module):
-    """The attention of a GLCA block, with weights of its own.
+def _beside(k: Tensor, v: Tensor, mask: Tensor | None, partner: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys, values and mask of each image with those of its partner behind them."""
+    real = None if mask is None else torch.cat([mask, mask[partner]], 1)
+    return torch.cat([k, k[partner]], 2), torch.cat([v, v[partner]], 2), real
 
-    >>> layer = GlobalLocalCrossAttention(32, 4)
-    >>> layer(torch.randn(2, 17, 32), torch.tensor([[0, 3, 9], [0, 1, 16]])).shape
-    torch.Size([2, 3, 32])
-    """
+
+class _CrossAttention(nn.Module):
+    """What both layers are made of: one projection for q, k and v, heads, and their mixing."""
 
     patterns = ("noncausal self",)
 
@@ -219,6 +221,22 @@ class GlobalLocalCrossAttention(nn.Module):
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
         self.head_point = HeadPoint(num_heads)
         self.proj = nn.Linear(embed_dim, embed_dim)
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, kind: str) -> Tensor:
+        """`[b r c]` of queries `[b h r d]`. real: `[b s]`, True for real keys."""
+        mask = None if real is None else real[:, None, None].bool()
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        call = partial(Call, q, k, v, mask, False, self.head_dim**-0.5, kind=kind)
+        return self.proj(self.head_point(out.transpose(1, 2), call, self.proj).flatten(2))
+
+
+class GlobalLocalCrossAttention(_CrossAttention):
+    """The attention of a GLCA block, with weights of its own.
+
+    >>> layer = GlobalLocalCrossAttention(32, 4)
+    >>> layer(torch.randn(2, 17, 32), torch.tensor([[0, 3, 9], [0, 1, 16]])).shape
+    torch.Size([2, 3, 32])
+    """
 
     def forward(
         self,
@@ -234,30 +252,16 @@ class GlobalLocalCrossAttention(nn.Module):
         q = split_heads(nn.functional.linear(chosen, weight[0], bias[0]), self.num_heads)
         k, v = nn.functional.linear(x, weight[1], bias[1]).split(width, -1)
         k, v = split_heads(k, self.num_heads), split_heads(v, self.num_heads)
-        mask = None if attention_mask is None else attention_mask[:, None, None].bool()
-        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        kind = "bidirectional" if index is None else "cross"
-        call = lambda: Call(q, k, v, mask, False, self.head_dim**-0.5, kind=kind)  # noqa: E731
-        return self.proj(self.head_point(out.transpose(1, 2), call, self.proj).flatten(2))
+        return self._attended(q, k, v, attention_mask, "bidirectional" if index is None else "cross")
 
 
-class PairwiseCrossAttention(nn.Module):
+class PairwiseCrossAttention(_CrossAttention):
     """Self-attention that can take another image's keys beside its own, with the same weights.
 
     >>> layer, x = PairwiseCrossAttention(32, 4), torch.randn(3, 17, 32)
     >>> layer(x, partner=torch.tensor([1, 2, 0])).shape  # in training; layer(x) afterwards
     torch.Size([3, 17, 32])
     """
-
-    patterns = ("noncausal self",)
-
-    def __init__(self, embed_dim: int, num_heads: int, *, qkv_bias: bool = True) -> None:
-        super().__init__()
-        check_heads(type(self).__name__, embed_dim, num_heads)
-        self.num_heads, self.head_dim = num_heads, embed_dim // num_heads
-        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
-        self.head_point = HeadPoint(num_heads)
-        self.proj = nn.Linear(embed_dim, embed_dim)
 
     def forward(
         self,
@@ -267,12 +271,6 @@ class PairwiseCrossAttention(nn.Module):
     ) -> Float[Tensor, "b t c"]:
         """partner: the number of the image that each is paired with; None means none. attention_mask: True = real."""
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, -1))
-        real = None if attention_mask is None else attention_mask.bool()
-        if partner is not None:
-            k, v = torch.cat([k, k[partner]], 2), torch.cat([v, v[partner]], 2)
-            real = None if real is None else torch.cat([real, real[partner]], 1)
-        mask = None if real is None else real[:, None, None]
-        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        kind = "bidirectional" if partner is None else "cross"
-        call = lambda: Call(q, k, v, mask, False, self.head_dim**-0.5, kind=kind)  # noqa: E731
-        return self.proj(self.head_point(out.transpose(1, 2), call, self.proj).flatten(2))
+        if partner is None:
+            return self._attended(q, k, v, attention_mask, "bidirectional")
+        return self._attended(q, *_beside(k, v, attention_mask, partner), "cross")
