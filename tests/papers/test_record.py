@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from headwise.cli import run
 from headwise.errors import InputError
 from headwise.papers import record, recorded
 from headwise.papers.record import AREAS, find_paper, papers_known, read_record, record_files
@@ -87,3 +88,10 @@ def test_a_record_must_be_literal(tmp_path: Path):
         read_record(path)
     path.write_text("VALUE = 1\n")
     assert read_record(path) is None
+
+
+def test_what_was_changed_after_a_look_is_shown(capsys):
+    assert run(["papers", "gaussian-adaptive-attention"]) == 0
+    assert "changed  outliers are drawn independently" in capsys.readouterr().out
+    (shown,) = recorded.catalogue("gaussian-adaptive-attention")
+    assert shown["changed"] == find_paper("gaussian-adaptive-attention").changed

@@ -49,6 +49,8 @@ def _one(paper: dict[str, Any]) -> None:
     if recorded:
         changed = f"; stale, changed since: {', '.join(recorded['stale'])}" if recorded["stale"] else ""
         print(f"run      recorded with seeds {', '.join(map(str, recorded['seeds']))}{changed}")
+    if paper["changed"]:
+        _wrapped(f"changed  {paper['changed']}", " " * 9)
     if paper["claims"]:
         print()
         _rows(paper["claims"])

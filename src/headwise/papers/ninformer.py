@@ -25,6 +25,10 @@ PAPER = Paper(
         "headwise.models.ninformer",
         "headwise.papers._ninformer_setup",
     ),
+    changed=(
+        "one start of a network for a seed, not two, for time; the row better-on-digits was a claim until it "
+        "was seen that its sentence speaks of several data sets"
+    ),
     claims=(
         Claim(
             id="main-component",

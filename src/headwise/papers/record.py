@@ -52,6 +52,7 @@ class Paper:
     modules: the modules that implement it, the main one first.
     specimens: the shipped models that its run uses; their files count for whether a recorded run is stale.
     missing: None, or what is not there yet.
+    changed: None, or what of the set-up was changed after results had been looked at, before the recorded run.
     """
 
     slug: str
@@ -66,6 +67,7 @@ class Paper:
     specimens: tuple[str, ...] = ()
     claims: tuple[Claim, ...] = ()
     missing: str | None = None
+    changed: str | None = None
 
     @property
     def module_name(self) -> str:

@@ -154,6 +154,7 @@ def _document(record: RecordFile) -> dict[str, Any]:
         "claims": claims,
         "status": status_of(paper),
         "missing": missing_of(paper),
+        "changed": paper.changed,
         "authors": paper.authors,
         "venue": paper.venue,
         "arxiv": paper.arxiv,
