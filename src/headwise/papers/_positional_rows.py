@@ -150,16 +150,43 @@ def recall(right: Mapping[str, float]) -> Measured:
     )
 
 
-def draw(run: Run, found: Found) -> None:
+def _shares(one: Fitted) -> dict[int, float]:
+    """MSE over the variance of the answers, by multiple of the range."""
+    return {multiple: one.errors[multiple] / one.variances[multiple] for multiple in RANGES}
+
+
+def hops(found: Mapping[str, Fitted]) -> Measured:
+    """found: networks on chains of pointers, by kind."""
+    ours, theirs = _shares(found[POSITIONAL]), _shares(found[STANDARD])
+    # The ratio's share of itself, so that all parts are of one size.
+    margin = min(1 - theirs[1] / 0.05, ours[1] / theirs[1] - 1, ours[10] / 0.05 - 1)
+    said = {kind: ", ".join(f"{m}x {share:.1e}" for m, share in of.items()) for kind, of in ((0, ours), (1, theirs))}
+    return Measured(
+        measured=f"positional MSE over variance {said[0]}",
+        control=f"standard {said[1]}",
+        holds=theirs[1] < 0.05 and ours[1] >= theirs[1] and ours[10] > 0.05,
+        margin=margin,
+        values={
+            f"{kind}, {m}x: MSE over variance": share
+            for kind, of in ((POSITIONAL, ours), (STANDARD, theirs))
+            for m, share in of.items()
+        },
+    )
+
+
+def draw(run: Run, found: Found, hopped: Mapping[str, Fitted]) -> None:
     path = run.out / f"{run.paper.slug}.png"
-    with figure(path, 3, width=4.4) as (*errors, routes):
-        for axes, task in zip(errors, TASKS, strict=True):
-            for place, kind in enumerate(kind for kind in TRAINED if (kind, task) in found):
-                one = found[kind, task]
-                shares = [one.errors[m] / one.variances[m] for m in RANGES]
+    with figure(path, 4, width=3.8) as (*errors, routes):
+        drawn = {
+            f"Prefix {task}": {kind: found[kind, task] for kind in TRAINED if (kind, task) in found} for task in TASKS
+        }
+        drawn["Two pointers"] = {kind: hopped[kind] for kind in TRAINED if kind in hopped}
+        for axes, (title, kinds) in zip(errors, drawn.items(), strict=True):
+            for place, (kind, one) in enumerate(kinds.items()):
+                shares = list(_shares(one).values())
                 axes.plot(RANGES, shares, color=COLOURS[place], marker=MARKERS[place], label=kind)
             axes.set_yscale("log")
-            axes.set(xlabel="test range over training range", ylabel="MSE over variance", title=f"Prefix {task}")
+            axes.set(xlabel="test range over training range", ylabel="MSE over variance", title=title)
             axes.legend(fontsize=8)
         model = found[POSITIONAL, "sum"].model
         with torch.no_grad():
