@@ -18,6 +18,7 @@ from headwise.papers._positional_setup import (
     TRAINED,
     Fitted,
     by_hand,
+    wider_hops,
 )
 from headwise.papers.running import Run
 from headwise.papers.verdicts import Measured
@@ -155,21 +156,24 @@ def _shares(one: Fitted) -> dict[int, float]:
     return {multiple: one.errors[multiple] / one.variances[multiple] for multiple in RANGES}
 
 
-def hops(found: Mapping[str, Fitted]) -> Measured:
+def hops(found: Mapping[str, Fitted], run: Run) -> Measured:
     """found: networks on chains of pointers, by kind."""
+    held = wider_hops(1, run.seed)
+    guess = ((held.numbers.mean(1, keepdim=True) - held.answers).square().mean() / held.answers.var()).item()
     ours, theirs = _shares(found[POSITIONAL]), _shares(found[STANDARD])
     margin = min(1 - theirs[1] / 0.05 - 1e-9, ours[1] / theirs[1] - 1, ours[10] / 0.05 - 1 - 1e-9)
     said = {kind: ", ".join(f"{m}x {share:.1e}" for m, share in of.items()) for kind, of in ((0, ours), (1, theirs))}
     return Measured(
         measured=f"positional MSE over variance {said[0]}",
-        control=f"standard {said[1]}",
+        control=f"standard {said[1]}; the list's mean {guess:.1e}",
         holds=margin >= 0,
         margin=margin,
         values={
             f"{kind}, {m}x: MSE over variance": share
             for kind, of in ((POSITIONAL, ours), (STANDARD, theirs))
             for m, share in of.items()
-        },
+        }
+        | {"the list's mean: MSE over variance": guess},
     )
 
 
@@ -194,5 +198,5 @@ def draw(run: Run, found: Found, hopped: Mapping[str, Fitted]) -> None:
         routes.imshow(shown.numpy(), cmap="Blues", vmin=0, vmax=1)
         routes.set_xticks([4, 13], ["head 0", "head 1"])
         routes.set_yticks([4 + 9 * place for place in range(len(weights))], [f"layer {i}" for i in range(len(weights))])
-        routes.set_title("Its weights on prefix sums, for every input")
+        routes.set_title("Weights on prefix sums")
     run.figures.append(path)

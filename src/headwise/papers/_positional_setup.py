@@ -19,7 +19,7 @@ RANGES = (1, 2, 3, 5, 10)
 LENGTH, SAMPLES, TEST = 8, 30_000, 1000
 STEPS, BATCH, RATE = 3000, 32, 3e-3
 RECALL_STEPS, RECALL_BATCH, PAIRS, SYMBOLS = 1000, 64, 7, 16
-HOPS, HOP_STEPS, HOP_BATCH = 2, 2000, 32
+HOPS, HOP_STEPS, HOP_BATCH = 2, 1500, 32
 RECALLED = {
     "standard, 2 layers": (STANDARD, 2),
     "positional, 2 layers": (POSITIONAL, 2),
@@ -39,12 +39,9 @@ class Fitted:
 def wider_lists(multiple: int, seed: int) -> Tensor:
     """Lists of a wider range, none of which is of the training range."""
     generator = torch.Generator().manual_seed(50_000 + 100 * seed + multiple)
-    return number_lists(TEST, LENGTH, **_ends(multiple), generator=generator)
-
-
-def _ends(multiple: int) -> dict[str, Any]:
     end = 2.0 * multiple
-    return {"low": -end, "high": end, "reject": None if multiple == 1 else (-2.0, 2.0)}
+    reject = None if multiple == 1 else (-2.0, 2.0)
+    return number_lists(TEST, LENGTH, low=-end, high=end, reject=reject, generator=generator)
 
 
 def fit_tasks(kind: str, tasks: Sequence[str], seed: int, steps: int = STEPS) -> dict[str, Fitted]:
@@ -123,7 +120,8 @@ def recalls(run: Run) -> dict[str, float]:
 def wider_hops(multiple: int, seed: int) -> Hops:
     """Chains of pointers whose numbers are of a wider range."""
     generator = torch.Generator().manual_seed(70_000 + 100 * seed + multiple)
-    return pointer_hops(TEST, LENGTH, hops=HOPS, **_ends(multiple), generator=generator)
+    end = 2.0 * multiple
+    return pointer_hops(TEST, LENGTH, hops=HOPS, low=-end, high=end, generator=generator)
 
 
 def fit_hops(kind: str, seed: int, steps: int = HOP_STEPS) -> Fitted:

@@ -115,17 +115,20 @@ def pointer_hops(
     hops: int = 2,
     low: float = -2.0,
     high: float = 2.0,
-    reject: tuple[float, float] | None = None,
     generator: torch.Generator | None = None,
 ) -> Hops:
     """Chains of pointers: the i-th answer is the number of the place that `hops` pointers lead to from place i.
 
-    Pointers are drawn evenly over all places, their own included; numbers as `number_lists` draws them. Which places
-    must be read is in the tokens alone. Raises ValueError for hops below 1 and what `number_lists` refuses.
+    Pointers are drawn evenly over all places, their own included, and numbers evenly from [low, high], each by itself,
+    so that nothing but the right number helps. Which places must be read is in the tokens alone.
+    Raises ValueError for hops, length or count below 1, and low above high.
     """
-    if hops < 1:
-        raise ValueError(f"pointer_hops: hops is {hops}; expected 1 or more")
-    numbers = number_lists(count, length, low=low, high=high, reject=reject, generator=generator)
+    if min(count, length, hops) < 1 or not low <= high:
+        raise ValueError(
+            f"pointer_hops: count {count}, length {length}, hops {hops}, low {low}, high {high}; expected 1 or more "
+            "and low <= high"
+        )
+    numbers = low + (high - low) * torch.rand(count, length, generator=generator)
     pointers = torch.randint(length, (count, length), generator=generator)
     reached = pointers
     for _ in range(hops - 1):
