@@ -1,6 +1,8 @@
 """The recipe for action proposals: annotations and features of a folder, windows, training, precision, refusals."""
 
 import json
+from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from headwise.cli import run
 from headwise.errors import InputError
 from headwise.models.boundary_matching import BoundaryMatchingNetwork
 from headwise.recipes.action_proposals import _metrics, _recall, train_action_proposals
-from headwise.recipes.proposal_videos import VideoSet, load_videos
+from headwise.recipes.proposal_videos import VideoPart, VideoSet, load_videos
 from headwise.tasks.temporal_detection import Detection, average_recall
 
 NETWORK = {"hidden_1d": 8, "hidden_2d": 4, "hidden_3d": 4, "num_samples": 3, "map_layers": 1}
@@ -110,6 +112,9 @@ def test_thumos_text_files_need_durations(tmp_path):
         features(tmp_path, f"{name}.npy")
     with pytest.raises(InputError, match=r"durations\.json cannot be read .* expected seconds of each video"):
         load_videos(str(tmp_path))
+    (tmp_path / "durations.json").write_text('{"video_validation_0000051": "40"}')
+    with pytest.raises(InputError, match=r"durations\.json holds something else; expected seconds"):
+        load_videos(str(tmp_path))
     (tmp_path / "durations.json").write_text('{"video_validation_0000051": 40, "video_test_0000004": 30}')
     data = load_videos(str(tmp_path))
     assert data.train.windows[0].segments.tolist() == [[0.25, 0.5]] and data.names == {
@@ -139,20 +144,25 @@ def test_recall_video_by_video_is_that_of_all():
         assert _recall(found, truth, number) == pytest.approx(average_recall(found, truth, proposals=number))
 
 
+@cache
+def generated() -> VideoSet:
+    return load_videos("generated")
+
+
 def few(videos: int = 60, tests: int = 20) -> VideoSet:
     """Fewer of the generated videos."""
-    from dataclasses import replace
-
-    data = load_videos("generated")
+    data = generated()
     names = [window.video for window in data.test.windows[:tests]]
-    for part, count in ((data.train, videos), (data.test, tests)):
-        part.windows = part.windows[:count]
-    return replace(data, truth={name: data.truth[name] for name in names})
+    train, test = (
+        VideoPart(part.windows[:count], part.features, part.steps)
+        for part, count in ((data.train, videos), (data.test, tests))
+    )
+    return replace(data, train=train, test=test, truth={name: data.truth[name] for name in names})
 
 
 def test_training_finds_more_and_is_written(tmp_path):
-    data = few(200, 40)
-    start, after = (train_action_proposals(data, steps=steps, out=tmp_path, seed=1) for steps in (1, 80))
+    data = few(200, 30)
+    start, after = (train_action_proposals(data, steps=steps, out=tmp_path, seed=1) for steps in (1, 60))
     assert after.metrics["AR@10"] > start.metrics["AR@10"] + 0.05
     again = BoundaryMatchingNetwork.from_pretrained(tmp_path).eval()
     scores = data.test[0]["features"][None]

@@ -14,8 +14,8 @@ NETWORK = {"hidden_size": 32, "num_hidden_layers": 2}
 
 def test_digits_are_learned_and_written(tmp_path):
     data = load_images("digits", train=200)
-    found = train_fine_grained(data, steps=120, network=NETWORK, out=tmp_path, seed=1)
-    assert found.accuracy > 0.4 and found.alone > 0.4
+    found = train_fine_grained(data, steps=80, network=NETWORK, out=tmp_path, seed=1)
+    assert found.accuracy > 0.3 and found.alone > 0.3
     again = DualCrossAttention.from_pretrained(tmp_path).eval()
     images = torch.stack([data.test[index]["pixel_values"] for index in range(9)])
     torch.testing.assert_close(again(images).logits, found.model(images).logits)

@@ -196,8 +196,11 @@ def _annotations(root: Path) -> ActivityNetAnnotations:
             return ActivityNetAnnotations.read(named[0])
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"data: {named[0]} cannot be read as annotations ({error})") from error
-    durations = _json(root / "durations.json", "seconds of each video, {video: seconds}")
-    return ActivityNetAnnotations.read_thumos(root, durations)
+    path, expected = root / "durations.json", "seconds of each video, {video: seconds}"
+    durations = _json(path, expected)
+    if not all(isinstance(one, int | float) and one > 0 for one in durations.values()):
+        raise InputError(f"data: {path} holds something else; expected {expected}")
+    return ActivityNetAnnotations.read_thumos(root, {name: float(one) for name, one in durations.items()})
 
 
 def _json(path: Path, expected: str) -> dict[str, Any]:
@@ -220,7 +223,7 @@ def _classes(root: Path) -> dict[str, dict[str, float]] | None:
         isinstance(one, dict) and all(isinstance(score, int | float) for score in one.values())
         for one in found.values()
     ):
-        raise InputError(f"data: {path} holds something else than {expected}")
+        raise InputError(f"data: {path} holds something else; expected {expected}")
     return found
 
 
