@@ -137,9 +137,10 @@ def test_precision_by_class_and_recall(activitynet):
 def test_recall_video_by_video_is_that_of_all():
     rng = np.random.default_rng(0)
     truth = {str(v): np.sort(rng.random((v, 2)), 1) for v in range(4)}
-    found = [
-        Detection(str(int(rng.integers(4))), *np.sort(rng.random(2)).tolist(), float(rng.random())) for _ in range(60)
-    ]
+    found = []
+    for _ in range(60):
+        start, end = sorted(rng.random(2).tolist())
+        found.append(Detection(str(int(rng.integers(4))), start, end, float(rng.random())))
     for number in (1, 3, 100):
         assert _recall(found, truth, number) == pytest.approx(average_recall(found, truth, proposals=number))
 

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -151,7 +152,8 @@ def test_without_the_method_the_network_is_the_backbone_alone():
     assert plain.metrics == plain.alone
     assert plain.model.loss_weights is None and not plain.model.config.pwca
     assert dual.model(torch.rand(2, 3, *SIZE)).features.shape == (2, 32)
-    block = sum(p.numel() for part in (dual.model.local_blocks, dual.model.local_norm) for p in part.parameters())
+    added = [one for name, one in dual.model.named_parameters() if name.startswith(("local_blocks", "local_norm"))]
+    block = sum(one.numel() for one in added)
     classifier = 16 * 8 + 8
     assert dual.parameters - plain.parameters == block + classifier + 3  # and a weight for each loss
 
@@ -165,8 +167,8 @@ def test_the_same_seed_gives_the_same_network():
 def test_a_checkpoint_of_another_size_with_its_own_scale(tmp_path):
     from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-    sizes = {"intermediate_size": 32, "image_size": 16, "patch_size": 4, **NETWORK}
-    ViTModel(ViTConfig(**sizes), add_pooling_layer=False).save_pretrained(tmp_path)
+    sizes: dict[str, Any] = {"intermediate_size": 32, "image_size": 16, "patch_size": 4, **NETWORK}
+    ViTModel(ViTConfig(**sizes)).save_pretrained(tmp_path)
     ViTImageProcessor(image_mean=[0.5] * 3, image_std=[0.25] * 3, size={"height": 16, "width": 16}).save_pretrained(
         tmp_path
     )

@@ -60,8 +60,10 @@ def pixels(picture: Any, size: tuple[int, int]) -> Tensor:
 
 def open_pixels(path: Path, size: tuple[int, int]) -> Tensor:
     """The same of a file. Raises InputError where it holds no picture."""
-    from PIL import Image
-
+    try:
+        from PIL import Image
+    except ImportError:
+        raise InputError('data: pillow is not installed; pip install "headwise[vision]"') from None
     try:
         with Image.open(path) as picture:
             return pixels(picture, size)

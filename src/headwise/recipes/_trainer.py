@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Sampler
 
+from headwise.errors import InputError
+
 Progress = Callable[[int, int, str], None]
 
 
@@ -32,15 +34,19 @@ def train_with(
 
     warmup: share of the steps. training: further `TrainingArguments`. sampler: what draws the numbers of examples, from
     the size of a batch; None shuffles. progress: called with steps done, steps, and a word. trainer: further arguments
-    of `Trainer`. AdamW, one cosine after the warm-up.
+    of `Trainer`. AdamW, one cosine after the warm-up. Raises InputError where accelerate is not installed.
     """
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers.utils.import_utils import is_accelerate_available
+
+    if not is_accelerate_available():
+        raise InputError('train: accelerate is not installed; pip install "headwise[train]"')
 
     class Drawn(Trainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             if sampler is None:
                 return super()._get_train_sampler(train_dataset)
-            return sampler(self._train_batch_size)  # type: ignore[attr-defined]
+            return sampler(self._train_batch_size)
 
     class Told(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -67,7 +73,7 @@ def train_with(
             "dataloader_pin_memory": torch.cuda.is_available(),
             **(training or {}),
         }
-        made = Drawn(model, TrainingArguments(**options), train_dataset=data, callbacks=[Told()], **trainer)  # type: ignore[arg-type]
+        made = Drawn(model, TrainingArguments(**options), train_dataset=data, callbacks=[Told()], **trainer)
         made.remove_callback(PrinterCallback)  # stdout is the caller's
         made.train()
         if out is not None:

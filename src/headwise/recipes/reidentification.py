@@ -108,7 +108,7 @@ def _drawn(seed: int) -> IdentitySet:
         tuple(train.identities.tolist()),
         seen(held, slice(0, None, 2)),
         seen(held, slice(1, None, 2)),
-        size=(3, *train.images.shape[2:]),
+        size=(3, train.images.shape[2], train.images.shape[3]),
     )
 
 
