@@ -86,33 +86,70 @@ def _registry() -> Any:
 
 
 def train(
-    specimen: Annotated[str, typer.Argument(help="A specimen's name (see --list), or image-classifier.")],
+    specimen: Annotated[
+        str,
+        typer.Argument(
+            help="A specimen's name, or a recipe: image-classifier, fine-grained, reidentification, action-proposals."
+        ),
+    ],
     out: Annotated[Path | None, typer.Option("--out", help=f"Folder for the model ({DEFAULT_OUT}/SPECIMEN).")] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Fewer steps, for a trial.")] = None,
     data: Annotated[
-        str | None, typer.Option("--data", help="image-classifier: digits, scenes, a folder of pictures, or hub:NAME.")
+        str | None,
+        typer.Option(
+            "--data",
+            help="Recipes: a folder, or what is drawn: digits, scenes (hub:NAME, too), people, or generated videos.",
+        ),
     ] = None,
     attention: Annotated[
-        str | None, typer.Option("--attention", help="image-classifier: a class of headwise.attention.")
+        str | None,
+        typer.Option(
+            "--attention", help="image-classifier: a class of headwise.attention; action-proposals: csa, se or csa+se."
+        ),
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option("--backbone", help="fine-grained, reidentification: a ViT by hub id or folder to start from."),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", help="Pictures are resized to it: 224, or 256x128 for reidentification.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option("--window", min=2, help="action-proposals: rows of features seen at once; else all.")
+    ] = None,
+    baseline: Annotated[
+        bool | None,
+        typer.Option("--baseline/--no-baseline", help="Recipes with a method: train the network without it, too."),
     ] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Train a specimen again from nothing, or an image classifier on your pictures; write the model and its figures."""
+    """Train a specimen again from nothing, or a recipe's network on your data; write the model and its figures."""
+    from headwise.commands.recipes import RECIPES, run_recipe
     from headwise.specimens.registry import specimen_names
 
+    given: dict[str, Any] = {
+        "data": data,
+        "attention": attention,
+        "backbone": backbone,
+        "size": size,
+        "window": window,
+        "baseline": baseline,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
     with output(as_json) as said:
-        if specimen == "image-classifier":
-            return _train_classifier(said, data or "digits", attention, out, steps, seed, as_json)
-        if data is not None or attention is not None:
-            raise InputError(f"train: --data and --attention are for image-classifier; {specimen} has its own data")
+        if specimen in RECIPES:
+            return run_recipe(said, specimen, out, steps, seed, as_json, options)
         if specimen not in specimen_names():
             from headwise.attend.addresses import nearest
 
-            known = [*specimen_names(), "image-classifier"]
+            known = [*specimen_names(), *RECIPES]
             raise InputError(
                 f"specimen: {specimen!r} is unknown; there are {', '.join(known)}{nearest(specimen, known)}"
             )
+        if options:
+            first = next(iter(options))
+            raise InputError(f"train: --{first} is for {', '.join(RECIPES)}; {specimen} has its own data")
         folder = out if out is not None else Path(DEFAULT_OUT) / specimen
         from headwise._folders import writable_folder
 
@@ -130,32 +167,6 @@ def train(
         for name, values in metrics.items():
             print(f"  {name}: {json.dumps(values)}")
         print(f"use it: headwise scan {made}")
-
-
-def _train_classifier(
-    said: Output, source: str, attention: str | None, out: Path | None, steps: int | None, seed: int, as_json: bool
-) -> None:
-    """The recipe of `recipes.image_classification`, with its defaults."""
-    from headwise._folders import writable_folder
-    from headwise.recipes.image_classification import load_images, train_image_classifier
-
-    folder = out if out is not None else Path(DEFAULT_OUT) / "image-classifier"
-    writable_folder(folder)
-    quiet_libraries()
-    started = time.monotonic()
-    images = load_images(source, seed=seed)
-    said.log(f"training on {len(images.train)} images of {len(images.classes)} classes")
-    options: dict[str, Any] = {} if steps is None else {"steps": steps}
-    name = attention or "SoftmaxAttention"
-    found = train_image_classifier(images, attention=name, out=folder, seed=seed, **options)
-    figures = {"accuracy": found.accuracy, "parameters": found.parameters, "flops": found.flops, "loss": found.loss}
-    seconds = round(time.monotonic() - started, 1)
-    if as_json:
-        return said.write(
-            document(data=images.name, attention=name, seconds=seconds, metrics=figures, folder=str(folder))
-        )
-    print(f"{name} on {images.name}: {found.accuracy:.1%} of {len(images.test)} test images right")
-    print(f"{found.parameters:,} parameters, {found.flops:,} operations an image, {seconds:.0f} s, written to {folder}")
 
 
 def _map_heads(said: Output, folder: Path, name: str, seed: int) -> None:
