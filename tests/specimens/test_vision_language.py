@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
+from headwise.api import load
 from headwise.attend.edits import BiasGroup
 from headwise.attend.groups import positions
 from headwise.hf.images import image_positions
-from headwise.hf.load import load
 from headwise.hf.maps import attention_maps
 from headwise.hf.session import steer
 from headwise.specimens import vision_language as recipe

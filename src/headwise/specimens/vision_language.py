@@ -380,4 +380,7 @@ def trained(
         schedule=warmup_cosine(WARM_UP),
         log=log,
     )
-    return model.to(torch.bfloat16).float(), history, phases
+    with torch.no_grad():  # what ships is what was measured; buffers are not stored and stay exact
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+    return model, history, phases

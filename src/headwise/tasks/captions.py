@@ -49,7 +49,7 @@ SHAPE_WORDS = tuple(GLYPHS)
 
 
 def glyphs() -> Float[Tensor, "8 8 8"]:
-    """The eight shapes, 1 on a shape and 0 beside it; shape k's typical successor is k + 1, the last one's the first."""
+    """The eight shapes, 1 on a shape and 0 beside it. The typical successor of shape k is k + 1; of the last, 0."""
     return torch.tensor([[[float(p == "#") for p in row] for row in rows.split()] for rows in GLYPHS.values()])
 
 
