@@ -83,8 +83,8 @@ def metric(run: Run, one: Subject) -> Measured:
     blank = CaptionedShapes(torch.full_like(noise, 0.45), one.ordinary.shapes, one.ordinary.cells)
     empty, _, _ = setup.caption_divergence(one.model, blank[: setup.BATCH])
     return Measured(
-        measured=f"T-VHD {float(there.mean()):.2f} before a shape, {float(gone.mean()):.2f} before a comma: {ratio:.2f} "
-        f"times ({low:.2f} to {high:.2f})",
+        measured=f"T-VHD {float(there.mean()):.2f} before a shape, {float(gone.mean()):.2f} before a comma: "
+        f"{ratio:.2f} times ({low:.2f} to {high:.2f})",
         control=f"over the norm of each head's output {float(relative[:, shapes].mean()):.2f} and "
         f"{float(relative[:, commas].mean()):.2f}; an empty picture has T-VHD "
         f"{float(token_divergence(empty.divergence)[:, shapes].mean()):.2f} before a shape",
@@ -151,7 +151,8 @@ def prior(run: Run, one: Subject) -> Measured:
         measured=f"T-VHD of right words {float(token[right].mean()):.2f}, of typical ones that are not there "
         f"{float(token[typical].mean()):.2f}: AUC {value:.3f} ({low:.3f} to {high:.3f}, {int(typical.sum())} made up)",
         control=f"with the words said so far hidden from all heads the typical word falls from {typical_share:.3f} to "
-        f"{deaf_share:.3f} of the words, accuracy from {float(said.right.mean()):.3f} to {float(deaf.right.mean()):.3f}",
+        f"{deaf_share:.3f} of the words, accuracy from {float(said.right.mean()):.3f} to "
+        f"{float(deaf.right.mean()):.3f}",
         holds=value >= 0.5,
         margin=value - 0.5,
         interval=(float(low) - 0.5, float(high) - 0.5),
@@ -206,10 +207,10 @@ def mitigates(run: Run, one: Subject) -> tuple[Measured, dict[str, dict[str, flo
     }
     rest = "; ".join(f"{name} {_pair(table[name])}" for name in arms if name not in ("plain", "VHR"))
     return Measured(
-        measured=f"typical words that are not there {table['plain']['typical']:.3f} plain, {table['VHR']['typical']:.3f} "
-        f"under VHR (random heads - VHR {parts['random'][0]:+.4f}, {parts['random'][1][0]:+.4f} to "
-        f"{parts['random'][1][1]:+.4f}); accuracy {table['plain']['accuracy']:.3f} and {table['VHR']['accuracy']:.3f}; "
-        f"on ordinary pictures {mean(usual['plain']):.3f} and {mean(usual['VHR']):.3f}",
+        measured=f"typical words that are not there {table['plain']['typical']:.3f} plain, "
+        f"{table['VHR']['typical']:.3f} under VHR (random heads - VHR {parts['random'][0]:+.4f}, "
+        f"{parts['random'][1][0]:+.4f} to {parts['random'][1][1]:+.4f}); accuracy {table['plain']['accuracy']:.3f} and "
+        f"{table['VHR']['accuracy']:.3f}; on ordinary pictures {mean(usual['plain']):.3f} and {mean(usual['VHR']):.3f}",
         control=f"typical / accuracy: {rest}; accuracy of all heads on ordinary pictures "
         f"{mean(usual['all heads']):.3f}; {_polls(one)}",
         holds=margin >= 0,
