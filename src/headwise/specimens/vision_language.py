@@ -309,8 +309,8 @@ def train(
 ) -> Path:
     """Train from nothing; write model, processor, tokenizer and card to `out`.
 
-    steps: another number of steps. sigma: of the pictures' noise; in stronger noise more is made up. others: further seeds, whose weights are written beside the model's for
-    `vision_language_model`; None means the two after `seed`.
+    steps: another number of steps. sigma: of the pictures' noise; in stronger noise more is made up. others: further
+    seeds, whose weights are written beside the model's for `vision_language_model`; None means the two after `seed`.
     """
     from headwise.specimens.registry import write_specimen
 
