@@ -303,7 +303,7 @@ def overhead(run: Run) -> Measured:
         ),
         image_token_index=3, image_seq_length=576, vision_feature_layer=-1, vision_feature_select_strategy="default",
     )  # fmt: skip
-    model = LlavaForConditionalGeneration(config).eval()
+    model: Any = LlavaForConditionalGeneration(config).eval()
     words = torch.randint(8, 256, (1, 40), generator=torch.Generator().manual_seed(run.seed))
     inputs = {
         "input_ids": torch.cat([torch.tensor([[1]]), torch.full((1, 576), 3), words], 1),
