@@ -23,7 +23,7 @@ PATCHES, WORDS, WRITTEN = 576, 40, 32
 
 @cache
 def model() -> Any:
-    """18 million parameters in eight layers of eight heads; a small CLIP tower before them."""
+    """14 million parameters in eight layers of eight heads; a small CLIP tower before them."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(0)
