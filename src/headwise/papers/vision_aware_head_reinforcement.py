@@ -133,8 +133,8 @@ PAPER = Paper(
             known=(
                 "the typical word falls by 0.11 to 0.13 in all three models, and by more than under random heads in "
                 "two; in one the difference to random heads, 0.006, is within its error. All heads do as well or "
-                "better (0.18 to 0.24 are left, of VHR 0.22 to 0.24), and so does one choice of heads for all pictures (0.21 "
-                "to 0.23): much of the effect is attention as a whole against the residual stream"
+                "better (0.18 to 0.24 are left, of VHR 0.22 to 0.24), and so does one choice of heads for all pictures "
+                "(0.21 to 0.23): much of the effect is attention as a whole against the residual stream"
             ),
         ),
         Claim(
