@@ -8,7 +8,7 @@ which it is the identity bit for bit. Edits act in three stages, each in the ord
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ class Edit:
     heads: Heads = None
     when: When = "all"
 
+    settles: ClassVar[bool] = False
+    """Whether something is chosen at the last token of a prompt and kept: a longer prompt may then choose otherwise."""
+
     def __post_init__(self):
         if not callable(self.when) and self.when not in ("all", "prompt", "generated"):
             raise ValueError(
@@ -50,6 +53,14 @@ class Edit:
     def primitives(self) -> tuple["Edit", ...]:
         """The edits that do the work: an edit by itself, a method the primitives that it is made of."""
         return (self,)
+
+    def attached(self, model: Any, select: Callable[[Heads], list[Head]]) -> tuple["Edit", ...]:
+        """The edits that do the work on one model, asked for when it is steered; `primitives` where they are the same
+        on all models.
+
+        select: the heads of this model that a selection names.
+        """
+        return self.primitives()
 
     def key_groups(self) -> tuple[KeyGroup, ...]:
         """The key groups that this edit names."""
