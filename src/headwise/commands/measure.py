@@ -1,30 +1,15 @@
-"""`headwise bench` and `headwise train`: speed, and specimens made again."""
+"""`headwise bench`: speed and memory beside what one would use instead."""
 
 import importlib
-import json
 import sys
-import time
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from headwise.commands.common import (
-    DEFAULT_OUT,
-    Device,
-    Dtype,
-    Json,
-    Output,
-    Seed,
-    device_of,
-    document,
-    dtype_of,
-    output,
-    quiet_libraries,
-)
+from headwise.commands.common import Device, Dtype, Json, device_of, document, dtype_of, output, quiet_libraries
 from headwise.errors import InputError
 
-__all__ = ["bench", "train"]
+__all__ = ["bench"]
 
 
 def bench(
@@ -83,104 +68,3 @@ def _registry() -> Any:
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     return importlib.import_module("benchmarks")
-
-
-def train(
-    specimen: Annotated[str, typer.Argument(help="A specimen's name (see --list), or image-classifier.")],
-    out: Annotated[Path | None, typer.Option("--out", help=f"Folder for the model ({DEFAULT_OUT}/SPECIMEN).")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Fewer steps, for a trial.")] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", help="image-classifier: digits, scenes, a folder of pictures, or hub:NAME.")
-    ] = None,
-    attention: Annotated[
-        str | None, typer.Option("--attention", help="image-classifier: a class of headwise.attention.")
-    ] = None,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
-    """Train a specimen again from nothing, or an image classifier on your pictures; write the model and its figures."""
-    from headwise.specimens.registry import specimen_names
-
-    with output(as_json) as said:
-        if specimen == "image-classifier":
-            return _train_classifier(said, data or "digits", attention, out, steps, seed, as_json)
-        if data is not None or attention is not None:
-            raise InputError(f"train: --data and --attention are for image-classifier; {specimen} has its own data")
-        if specimen not in specimen_names():
-            from headwise.attend.addresses import nearest
-
-            known = [*specimen_names(), "image-classifier"]
-            raise InputError(
-                f"specimen: {specimen!r} is unknown; there are {', '.join(known)}{nearest(specimen, known)}"
-            )
-        folder = out if out is not None else Path(DEFAULT_OUT) / specimen
-        from headwise._folders import writable_folder
-
-        writable_folder(folder.parent)
-        started = time.monotonic()
-        made = _train(said, specimen, folder, seed, steps)
-        _map_heads(said, made, specimen, seed)
-        card = json.loads((made / "card.json").read_text(encoding="utf-8"))
-        metrics = {key: value for key, value in card.items() if key in ("losses", "accuracies", "figures", "truth")}
-        files = sorted(str(path) for path in made.rglob("*") if path.is_file())
-        seconds = round(time.monotonic() - started, 1)
-        if as_json:
-            return said.write(document(specimen=specimen, seconds=seconds, metrics=metrics, files=files))
-        print(f"{specimen}: {seconds:.0f} s, written to {made}")
-        for name, values in metrics.items():
-            print(f"  {name}: {json.dumps(values)}")
-        print(f"use it: headwise scan {made}")
-
-
-def _train_classifier(
-    said: Output, source: str, attention: str | None, out: Path | None, steps: int | None, seed: int, as_json: bool
-) -> None:
-    """The recipe of `recipes.image_classification`, with its defaults."""
-    from headwise._folders import writable_folder
-    from headwise.recipes.image_classification import load_images, train_image_classifier
-
-    folder = out if out is not None else Path(DEFAULT_OUT) / "image-classifier"
-    writable_folder(folder)
-    quiet_libraries()
-    started = time.monotonic()
-    images = load_images(source, seed=seed)
-    said.log(f"training on {len(images.train)} images of {len(images.classes)} classes")
-    options: dict[str, Any] = {} if steps is None else {"steps": steps}
-    name = attention or "SoftmaxAttention"
-    found = train_image_classifier(images, attention=name, out=folder, seed=seed, **options)
-    figures = {"accuracy": found.accuracy, "parameters": found.parameters, "flops": found.flops, "loss": found.loss}
-    seconds = round(time.monotonic() - started, 1)
-    if as_json:
-        return said.write(
-            document(data=images.name, attention=name, seconds=seconds, metrics=figures, folder=str(folder))
-        )
-    print(f"{name} on {images.name}: {found.accuracy:.1%} of {len(images.test)} test images right")
-    print(f"{found.parameters:,} parameters, {found.flops:,} operations an image, {seconds:.0f} s, written to {folder}")
-
-
-def _map_heads(said: Output, folder: Path, name: str, seed: int) -> None:
-    """Scan what was trained and write its head map beside it, so that selections by score need no scan of their own."""
-    from headwise.api import scan
-
-    said.progress(0, 1, "scanning")
-    found = scan(folder, probes="all", seed=seed, progress=said.progress)
-    found.model = name
-    said.clear()
-    found.save(folder / "heads.json")
-
-
-def _train(said: Output, specimen: str, folder: Path, seed: int, steps: int | None) -> Path:
-    from headwise import api
-
-    quiet_libraries()
-    options = {} if steps is None else {"steps": steps}
-
-    def log(record: dict[str, Any]) -> None:
-        said.log("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
-
-    try:
-        return api.train(specimen, folder, seed=seed, log=log, **options)
-    except TypeError as error:
-        if steps is not None and "steps" in str(error):
-            raise InputError(f"train: {specimen} is written by hand and takes no --steps; leave it out") from None
-        raise

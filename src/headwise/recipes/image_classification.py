@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from headwise.errors import InputError
 from headwise.models.small_vit import SmallViT, SmallViTConfig
 from headwise.ops.counting import flops
+from headwise.recipes._trainer import train_model
 from headwise.tasks.digits import digit_images
 from headwise.tasks.scene_shapes import SHAPES
 from headwise.tasks.scenes import object_scenes
@@ -79,7 +81,7 @@ class TrainedClassifier:
     flops: of one image, two for each multiply-accumulate, by counting.
     """
 
-    model: SmallViT
+    model: PreTrainedModel
     accuracy: float
     parameters: int
     flops: int
@@ -120,65 +122,51 @@ def train_image_classifier(
     seed: int = 0,
     network: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
+    model: PreTrainedModel | None = None,
 ) -> TrainedClassifier:
     """Train one classifier and test it. out: folder that the model is written to; None writes nothing.
 
     network: sizes of `SmallViTConfig` other than its defaults. training: further `TrainingArguments`, such as
     `bf16=True`; with more processes start the caller by `accelerate launch`. AdamW, one cosine after 5 % of warm-up.
+    model: one to go on with, such as `recipes.load_image_classifier` gives; attention and network are not looked at
+    then. Raises ValueError for a model of other images or classes than the data's.
     """
-    import tempfile
-
-    from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+    from transformers import set_seed
 
     channels, height, width = data.size
     set_seed(seed)
-    sizes: dict[str, Any] = {"patch_size": _patch(height, width), **(network or {})}
-    config = SmallViTConfig(
-        image_size=[height, width],
-        num_channels=channels,
-        id2label=dict(enumerate(data.classes)),
-        label2id={name: index for index, name in enumerate(data.classes)},
-        attention=attention,
-        attention_options=attention_options,
-        **sizes,
-    )
-    model = SmallViT(config)
-    example = torch.zeros(1, *data.size)
-    with tempfile.TemporaryDirectory() as scratch:
-        options: dict[str, Any] = {
-            "output_dir": scratch if out is None else str(out),
-            "max_steps": steps,
-            "per_device_train_batch_size": batch,
-            "per_device_eval_batch_size": 256,
-            "learning_rate": learning_rate,
-            "weight_decay": weight_decay,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": max(1, steps // 20),
-            "seed": seed,
-            "report_to": [],
-            "save_strategy": "no",
-            "logging_strategy": "no",
-            "disable_tqdm": True,
-            "dataloader_pin_memory": torch.cuda.is_available(),
-            **(training or {}),
-        }
-        trainer = Trainer(
-            model,
-            TrainingArguments(**options),
-            train_dataset=data.train,
-            eval_dataset=data.test,
-            compute_metrics=_accuracy,
+    if model is not None:
+        _check_model(model, data)
+    else:
+        model = SmallViT(
+            SmallViTConfig(
+                image_size=[height, width],
+                num_channels=channels,
+                id2label=dict(enumerate(data.classes)),
+                label2id={name: index for index, name in enumerate(data.classes)},
+                attention=attention,
+                attention_options=attention_options,
+                **{"patch_size": patch_size(height, width), **(network or {})},
+            )
         )
-        trainer.remove_callback(PrinterCallback)  # stdout is the caller's
-        trainer.train()
-        figures = trainer.evaluate()
-        if out is not None:
-            trainer.save_model(str(out))
+    figures = train_model(
+        model,
+        data.train,
+        data.test,
+        steps=steps,
+        batch=batch,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        seed=seed,
+        out=out,
+        training=training,
+        metrics=_accuracy,
+    )
     return TrainedClassifier(
-        model=model.eval(),
+        model=model,
         accuracy=figures["eval_accuracy"],
         parameters=sum(p.numel() for p in model.parameters()),
-        flops=flops(model, (example.to(model.device),)),
+        flops=flops(model, (torch.zeros(1, *data.size, device=model.device),)),
         loss=figures["eval_loss"],
     )
 
@@ -217,7 +205,22 @@ def _accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
 
 
-def _patch(height: int, width: int) -> int:
+def _check_model(model: PreTrainedModel, data: ImageSet) -> None:
+    config: Any = model.config
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", data.size[0])
+    wanted = data.size[1:] if size is None else (size, size) if isinstance(size, int) else tuple(size)
+    if (channels, *wanted) != data.size:
+        raise ValueError(
+            f"train_image_classifier: the model takes images of {channels} x {wanted[0]} x {wanted[1]}, {data.name} "
+            f"has {' x '.join(map(str, data.size))}"
+        )
+    if config.num_labels != len(data.classes):
+        raise ValueError(
+            f"train_image_classifier: the model has {config.num_labels} classes, {data.name} has {len(data.classes)}"
+        )
+
+
+def patch_size(height: int, width: int) -> int:
     """A patch that divides both sides: 8 or more along the shorter one, 4 or more on pictures below 32 pixels."""
     side = min(height, width)  # single pixels as tokens did not train on digits
     return next(p for p in range(max(1, side // (8 if side >= 32 else 4)), 0, -1) if height % p == 0 == width % p)
