@@ -1,9 +1,11 @@
 """What `headwise train` does for the recipes: options in, a model and figures out, or a table of several."""
 
+import inspect
 import json
 import shlex
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ def run(recipe: str, said: Output, given: Mapping[str, Any], folder: Path, steps
 
     The figures are printed, and the model or the table written into the folder, which is there.
     """
-    kinds = {"image-classifier": (_classifier, _compare_attention), "segmentation": (_segmenter, _compare_backbones)}
-    one, several = kinds[recipe]
+    one, several = _classifier, _compare_attention
+    if recipe != "image-classifier":
+        one, several = partial(_train_dense, recipe), partial(_compare_dense, recipe)
     options: dict[str, Any] = {} if steps is None else {"steps": steps}
     started = time.monotonic()
     if "--compare" not in given:
@@ -41,14 +44,10 @@ def _command(recipe: str, given: Mapping[str, Any], steps: int | None, seed: int
 
 
 def _default_steps(recipe: str) -> int:
-    import inspect
+    from headwise.recipes.image_classification import train_image_classifier
 
-    from headwise.recipes import image_classification, segmentation
-
-    functions = {
-        "image-classifier": image_classification.train_image_classifier, "segmentation": segmentation.train_segmenter,
-    }  # fmt: skip
-    return inspect.signature(functions[recipe]).parameters["steps"].default
+    function = train_image_classifier if recipe == "image-classifier" else _dense(recipe)[1]
+    return inspect.signature(function).parameters["steps"].default
 
 
 def _versions() -> dict[str, str]:
@@ -155,75 +154,95 @@ def _compare_attention(
     print(f"{seconds:.0f} s, written to {folder}")
 
 
-# segmentation
+# segmentation, detection
+
+WORDS = {"miou": "mean IoU", "pixel_accuracy": "pixels right", "ap": "AP", "ap50": "AP at 0.5", "ap75": "AP at 0.75"}
 
 
-def _segmenter(
-    said: Output, given: Mapping[str, Any], folder: Path, options: dict[str, Any], seed: int, started: float
+def _dense(recipe: str) -> tuple[Any, Any, Any, Any, tuple[str, ...], str]:
+    """The recipe's functions to load, train and compare, its model, its scores, and its scores by class."""
+    from headwise.models.detector import Detector
+    from headwise.models.segmenter import Segmenter
+    from headwise.recipes import detection, segmentation
+
+    if recipe == "segmentation":
+        functions = segmentation.load_masks, segmentation.train_segmenter, segmentation.compare_backbones
+        return *functions, Segmenter, ("miou", "pixel_accuracy"), "iou"
+    functions = detection.load_boxes, detection.train_detector, detection.compare_detectors
+    return *functions, Detector, ("ap", "ap50", "ap75"), "by_class"
+
+
+def _train_dense(
+    recipe: str,
+    said: Output,
+    given: Mapping[str, Any],
+    folder: Path,
+    options: dict[str, Any],
+    seed: int,
+    started: float,
 ) -> None:
-    from headwise.recipes.segmentation import train_segmenter
-
+    load, train, _, model, scores, by_class = _dense(recipe)
     name, start = given.get("--backbone", "davit"), given.get("--from")
     if start is not None and "--parameters" in given:
         raise InputError("train: --parameters is for a backbone from nothing; leave it out with --from")
     _check_backbones([name])
-    data = _masks(given, seed)
+    data = load(given.get("--data", "scenes"), seed=seed, **_data_options(given))
     if "--parameters" in given:
         options["parameters"] = given["--parameters"]
     if start is not None:
-        options["model"] = _trained_backbone(name, start, data.classes)
+        options["model"] = _trained_backbone(model, name, start, data.classes)
+        name = options["model"].config.backbone
     said.log(f"training on {len(data.train)} images of {len(data.classes)} classes")
-    found = train_segmenter(data, backbone=name, out=folder, seed=seed, **options)
-    figures = {
-        "miou": found.miou, "pixel_accuracy": found.pixel_accuracy, "iou": found.iou, "parameters": found.parameters,
-        "flops": found.flops, "loss": found.loss,
-    }  # fmt: skip
+    found = train(data, backbone=name, out=folder, seed=seed, **options)
+    shown = (*scores, by_class, "parameters", "flops", "loss")
+    figures = {score: getattr(found, score) for score in shown}
     seconds = round(time.monotonic() - started, 1)
     if said.as_json:
         return said.write(document(data=data.name, backbone=name, seconds=seconds, metrics=figures, folder=str(folder)))
-    print(
-        f"{name} on {data.name}: mean IoU {found.miou:.3f}, {found.pixel_accuracy:.1%} of the pixels of "
-        f"{len(data.test)} test images right"
-    )
-    for label, value in found.iou.items():
+    said_scores = ", ".join(f"{WORDS[score]} {figures[score]:.3f}" for score in scores)
+    print(f"{name} on {data.name}: {said_scores} of {len(data.test)} test images")
+    for label, value in figures[by_class].items():
         print(f"  {label}: {'-' if value is None else format(value, '.3f')}")
     print(f"{found.parameters:,} parameters, {found.flops:,} operations an image, {seconds:.0f} s, written to {folder}")
 
 
-def _compare_backbones(
-    said: Output, given: Mapping[str, Any], folder: Path, options: dict[str, Any], about: dict, started: float
+def _compare_dense(
+    recipe: str,
+    said: Output,
+    given: Mapping[str, Any],
+    folder: Path,
+    options: dict[str, Any],
+    about: dict[str, Any],
+    started: float,
 ) -> None:
     from headwise.models.segmenter import BACKBONES
-    from headwise.recipes.segmentation import compare_backbones
 
+    load, _, compare, _, scores, _ = _dense(recipe)
     names = _names(given.get("--backbone")) or list(BACKBONES)
     _check_backbones(names)
-    data = _masks(given, 0)
+    data = load(given.get("--data", "scenes"), **_data_options(given))
     if "--parameters" in given:
         options["parameters"] = given["--parameters"]
     said.log(f"training on {len(data.train)} images of {len(data.classes)} classes")
-    rows = compare_backbones(data, names, log=said.log, **options)
+    rows = compare(data, names, log=said.log, **options)
     seconds = round(time.monotonic() - started, 1)
     about |= {"data": data.name, "classes": list(data.classes), "seconds": seconds, "versions": _versions()}
-    path = folder / "backbones.json"
+    path = folder / f"{recipe}-table.json"
     path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     if said.as_json:
         return said.write(document(**about, rows=rows, files=[str(path)]))
-    print(f"{'backbone':14} {'parameters':>10} {'operations':>12}  mean IoU          pixels right")
+    heads = "  ".join(f"{WORDS[score]:>14}" for score in scores)
+    print(f"{'backbone':14} {'parameters':>10} {'operations':>12}  {heads}")
     for row in rows:
         spread = "" if row["spread"] is None else f" ± {row['spread']:.3f}"
-        print(
-            f"{row['backbone']:14} {row['parameters']:>10,} {row['flops']:>12,}  {row['miou']:.3f}{spread:10} "
-            f"{row['pixel_accuracy']:.1%}"
-        )
+        first, *rest = (f"{row[score]:.3f}" for score in scores)
+        values = "  ".join(f"{value:>14}" for value in (first + spread, *rest))
+        print(f"{row['backbone']:14} {row['parameters']:>10,} {row['flops']:>12,}  {values}")
     print(f"{seconds:.0f} s, written to {path}")
 
 
-def _masks(given: Mapping[str, Any], seed: int) -> Any:
-    from headwise.recipes.segmentation import load_masks
-
-    own = {"size": given.get("--size"), "classes": given.get("--classes")}
-    return load_masks(given.get("--data", "scenes"), seed=seed, **{k: v for k, v in own.items() if v is not None})
+def _data_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: given[f"--{name}"] for name in ("size", "classes") if f"--{name}" in given}
 
 
 def _check_backbones(names: list[str]) -> None:
@@ -237,16 +256,14 @@ def _check_backbones(names: list[str]) -> None:
             )
 
 
-def _trained_backbone(name: str, source: str, classes: tuple[str, ...]) -> Any:
-    """A segmenter to go on with, or a new one on a trained backbone."""
+def _trained_backbone(model: Any, name: str, source: str, classes: tuple[str, ...]) -> Any:
+    """A model to go on with, or a new one on a trained backbone."""
     from transformers import PreTrainedConfig
-
-    from headwise.models.segmenter import Segmenter
 
     try:
         found = PreTrainedConfig.get_config_dict(source)[0]
     except (OSError, ValueError) as error:
         raise InputError(f"from: {source} is no model ({error}); give a folder with config.json, or a hub id") from None
-    if found.get("model_type") == Segmenter.config_class.model_type:
-        return Segmenter.from_pretrained(source)
-    return Segmenter.from_backbone(name, source, id2label=dict(enumerate(classes)))
+    if found.get("model_type") == model.config_class.model_type:
+        return model.from_pretrained(source)
+    return model.from_backbone(name, source, id2label=dict(enumerate(classes)))

@@ -16,20 +16,20 @@ __all__ = ["train"]
 RECIPES = {
     "image-classifier": {"--data", "--size", "--attention", "--from", "--convert", "--compare", "--seeds"},
     "segmentation": {"--data", "--size", "--backbone", "--parameters", "--classes", "--from", "--compare", "--seeds"},
+    "detection": {"--data", "--size", "--backbone", "--parameters", "--from", "--compare", "--seeds"},
 }
 
 
 def train(
     specimen: Annotated[
-        str, typer.Argument(help="A specimen's name (see --list), or a recipe: image-classifier, segmentation.")
+        str,
+        typer.Argument(help="A specimen's name (see --list), or a recipe: image-classifier, segmentation, detection."),
     ],
     out: Annotated[Path | None, typer.Option("--out", help=f"Folder for the model ({DEFAULT_OUT}/SPECIMEN).")] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Fewer steps, for a trial.")] = None,
     data: Annotated[
         str | None,
-        typer.Option(
-            "--data", help="digits, scenes, a folder of pictures or hub:NAME; segmentation: scenes, a folder."
-        ),
+        typer.Option("--data", help="digits, scenes, a folder or hub:NAME; segmentation, detection: scenes, a folder."),
     ] = None,
     size: Annotated[int | None, typer.Option("--size", min=8, help="Side in pixels that pictures are made to.")] = None,
     attention: Annotated[
@@ -37,17 +37,18 @@ def train(
         typer.Option("--attention", help="image-classifier: a class of headwise.attention (SoftmaxAttention)."),
     ] = None,
     backbone: Annotated[
-        str | None, typer.Option("--backbone", help="segmentation: davit, neighborhood, agent, small-vit, ... (davit).")
+        str | None, typer.Option("--backbone", help="The others: davit, neighborhood, agent, small-vit, ... (davit).")
     ] = None,
     parameters: Annotated[
-        int | None, typer.Option("--parameters", min=1, help="segmentation: about so many; the width follows (150000).")
+        int | None,
+        typer.Option("--parameters", min=1, help="With --backbone: about so many; its width follows (150000)."),
     ] = None,
     classes: Annotated[
         int | None, typer.Option("--classes", min=2, help="segmentation: labels of a folder's masks, from 0.")
     ] = None,
     source: Annotated[
         str | None,
-        typer.Option("--from", help="Go on with this model, a folder or a hub id; segmentation: a backbone's."),
+        typer.Option("--from", help="Go on with this model, a folder or a hub id; with --backbone: its weights."),
     ] = None,
     converted: Annotated[
         str | None,
@@ -66,7 +67,7 @@ def train(
     """Train a specimen again from nothing, or a model on your pictures by a recipe; write it and its figures.
 
     image-classifier: a small vision transformer with the attention of your choice, or a model to go on with.
-    segmentation: classes of pixels, on a backbone of your choice.
+    segmentation: classes of pixels, and detection: boxes, on a backbone of your choice.
     """
     from headwise.specimens.registry import specimen_names
 

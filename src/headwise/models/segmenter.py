@@ -1,73 +1,22 @@
 """Semantic segmentation on the feature maps of a backbone: headwise's own, and the networks they are compared with.
 
-    maps -> norm, 1 x 1 to one width, resampled to the finest, summed -> 3 x 3, norm, GELU -> 1 x 1 to classes
-
-The head is the same for all, so that what differs is the backbone. Those by name:
-
-    davit         windows over space and groups over channels, in turn     DaViT
-    neighborhood  (dilated) neighbourhood attention, NAT and DiNAT          transformers' DiNAT, without NATTEN
-    agent         agent attention                                          AgentDeiT, one map
-    ela-resnet    a ResNet with efficient local attention in its blocks     transformers' ResNet, converted
-    small-vit     any class of `headwise.attention`                         SmallViT, one map
-    swin, resnet  softmax in shifted windows; no attention: controls        transformers
+The maps are merged into one (`_dense.py`, which lists the backbones), a 1 x 1 convolution names the class of each of
+its places, and the logits are upsampled to the image.
 """
 
-import contextlib
-from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
-from headwise.models.agent_deit import AgentDeiT
-from headwise.models.convert_efficient_local import add_attention
-from headwise.models.davit import DaViT
-from headwise.models.dinat import provide_natten
-from headwise.models.small_vit import SmallViT
+from headwise.models._dense import BACKBONES, DenseConfig, DenseModel, resample
 
 __all__ = ["BACKBONES", "Segmenter", "SegmenterConfig"]
 
 
-def _dinat() -> Any:
-    from transformers import DinatBackbone
-
-    return DinatBackbone
-
-
-def _swin() -> Any:
-    from transformers import SwinBackbone
-
-    return SwinBackbone
-
-
-def _resnet() -> Any:
-    from transformers import ResNetBackbone
-
-    return ResNetBackbone
-
-
-# Name -> what gives the class; those of transformers are imported when they are asked for.
-BACKBONES: Mapping[str, Callable[[], Any]] = {
-    "davit": lambda: DaViT,
-    "neighborhood": _dinat,
-    "agent": lambda: AgentDeiT,
-    "ela-resnet": _resnet,
-    "small-vit": lambda: SmallViT,
-    "swin": _swin,
-    "resnet": _resnet,
-}
-
-
-class SegmenterConfig(PreTrainedConfig):
-    """A backbone by name with its config, and the head's width.
-
-    backbone: a name of `BACKBONES`. backbone_config: arguments of the backbone's config class that differ from its
-    defaults, and for ela-resnet `ela`, the version ("ela-b"). All stages of a pyramid are used; the image size of
-    small-vit and agent is fixed. num_labels: classes, 2 unless given. ignore_index: label of pixels without a loss.
-    """
+class SegmenterConfig(DenseConfig):
+    """A backbone, as `DenseConfig` says, and ignore_index: the label of pixels without a loss."""
 
     model_type = "headwise-segmenter"
 
@@ -79,88 +28,17 @@ class SegmenterConfig(PreTrainedConfig):
         ignore_index: int = 255,
         **kwargs: Any,
     ) -> None:
-        if kwargs.get("id2label") is None:  # a saved config has the classes by name
-            kwargs.setdefault("num_labels", 2)
-        super().__init__(**kwargs)
-        if backbone not in BACKBONES:
-            raise ValueError(f"SegmenterConfig: backbone is {backbone!r}; choose {', '.join(BACKBONES)}")
-        self.backbone, self.backbone_config = backbone, dict(backbone_config or {})
-        self.head_width, self.ignore_index = head_width, ignore_index
-
-    @staticmethod
-    def example() -> "SegmenterConfig":
-        sizes = {"depths": [1, 1], "hidden_sizes": [16, 32], "num_heads": [2, 4], "window_size": 3}
-        return SegmenterConfig("davit", sizes, head_width=16, num_labels=3)
+        super().__init__(backbone, backbone_config, head_width, **kwargs)
+        self.ignore_index = ignore_index
 
 
-class Segmenter(PreTrainedModel):
-    """Images `[b c h w]` to the logits of every pixel's class, `[b n h w]`, at the size of the images.
-
-    Heads of headwise's own backbones can be probed and edited as in the backbone alone.
-    """
+class Segmenter(DenseModel):
+    """Images `[b c h w]` to the logits of every pixel's class, `[b n h w]`, at the size of the images."""
 
     config_class = SegmenterConfig
-    config: Any
-    base_model_prefix = ""
-    main_input_name = "pixel_values"
-    input_modalities = "image"
 
-    def __init__(self, config: SegmenterConfig) -> None:
-        super().__init__(config)
-        name, width = config.backbone, config.head_width
-        labels: Any = config.num_labels
-        self.backbone: Any = _make(name, config.backbone_config)
-        self.laterals = nn.ModuleList(
-            nn.Sequential(nn.GroupNorm(1, channels), nn.Conv2d(channels, width, 1)) for channels in self._channels()
-        )
-        self.mix = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(1, width), nn.GELU())
-        self.classifier = nn.Conv2d(width, labels, 1)
-        self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """The head keeps torch's start, the backbone its own."""
-
-    @classmethod
-    def from_backbone(
-        cls, backbone: str, source: str, *, id2label: Mapping[int, str], head_width: int = 256, **kwargs: Any
-    ) -> "Segmenter":
-        """A segmenter whose backbone has the weights of a checkpoint, a folder or a hub id; its head is untrained.
-
-        The checkpoint of a classifier will do. kwargs: further arguments of `SegmenterConfig`.
-        Raises ValueError for an unknown backbone, OSError for what cannot be loaded.
-        """
-        config_class = _class(backbone).config_class
-        found = config_class.from_pretrained(source)
-        sizes = {key: value for key, value in found.to_diff_dict().items() if key not in _NOT_SIZES}
-        config = SegmenterConfig(
-            backbone,
-            sizes,
-            head_width=head_width,
-            id2label=dict(id2label),
-            label2id={name: index for index, name in id2label.items()},
-            **kwargs,
-        )
-        model = cls(config)
-        with _lent(backbone):
-            options: dict[str, Any] = {"out_features": _stages(found)} if hasattr(found, "stage_names") else {}
-            trained = _class(backbone).from_pretrained(source, **options)
-        state = {
-            name: value for name, value in trained.state_dict().items() if not name.startswith(("head.", "head_dist."))
-        }
-        if backbone == "ela-resnet":
-            add_attention(trained, sizes.get("ela", "ela-b"), fit_groups=True, identity_init=True)
-            state = trained.state_dict()
-        model.backbone.load_state_dict(state)
-        return model
-
-    def maps(self, pixel_values: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b d u v"]]:
-        """The backbone's feature maps, the finest first. Raises ValueError for images that it does not take."""
-        if hasattr(self.backbone, "forward_features") and hasattr(self.backbone.config, "grid_size"):
-            rows, columns = self.backbone.config.grid_size
-            tokens = self.backbone.forward_features(pixel_values)[:, -rows * columns :]
-            return [tokens.mT.unflatten(2, (rows, columns))]
-        with _lent(self.config.backbone):
-            return list(self.backbone(pixel_values).feature_maps)
+    def _add_head(self, config: Any) -> None:
+        self.classifier = nn.Conv2d(config.head_width, config.num_labels, 1)
 
     def forward(
         self,
@@ -169,67 +47,9 @@ class Segmenter(PreTrainedModel):
         return_dict: bool | None = None,
     ) -> SemanticSegmenterOutput | tuple[Tensor, ...]:
         """Logits, and the mean cross-entropy of the pixels where labels are given."""
-        maps = self.maps(pixel_values)
-        merged = torch.stack(
-            [_resample(lateral(one), maps[0].shape[2:]) for lateral, one in zip(self.laterals, maps, strict=True)]
-        ).sum(0)
-        logits = _resample(self.classifier(self.mix(merged)), pixel_values.shape[2:])
+        logits = resample(self.classifier(self.merged(pixel_values)), pixel_values.shape[2:])
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(logits, labels.long(), ignore_index=self.config.ignore_index)
         out = SemanticSegmenterOutput(loss=loss, logits=logits)  # pyright: ignore[reportArgumentType]
         return out.to_tuple() if return_dict is False else out
-
-    def _channels(self) -> list[int]:
-        """Channels of every map."""
-        config = self.backbone.config
-        return list(self.backbone.channels) if hasattr(config, "stage_names") else [config.hidden_size]
-
-
-_NOT_SIZES = {
-    "transformers_version", "architectures", "model_type", "out_features", "out_indices", "stage_names", "dtype",
-    "id2label", "label2id", "problem_type",
-}  # fmt: skip
-
-
-def _class(name: str) -> Any:
-    if name not in BACKBONES:
-        raise ValueError(f"Segmenter: backbone is {name!r}; choose {', '.join(BACKBONES)}")
-    return BACKBONES[name]()
-
-
-def _lent(name: str) -> contextlib.AbstractContextManager[Any]:
-    """While a backbone is made and run: DiNAT asks for NATTEN's functions."""
-    return provide_natten() if name == "neighborhood" else contextlib.nullcontext()
-
-
-def _stages(config: Any) -> list[str]:
-    return [name for name in config.stage_names if name != "stem"]
-
-
-def _make(name: str, sizes: Mapping[str, Any]) -> nn.Module:
-    """The backbone with random weights, without a classifier."""
-    given = dict(sizes)
-    version = given.pop("ela", "ela-b")
-    kind = _class(name)
-    try:
-        config = kind.config_class(**given)
-    except TypeError as error:
-        raise ValueError(f"Segmenter: backbone_config of {name}: {error}") from error
-    if hasattr(config, "stage_names"):
-        config.out_features = _stages(config)
-    with _lent(name):
-        made = kind(config)
-    if name == "ela-resnet":
-        add_attention(made, version, fit_groups=True)
-    if hasattr(config, "grid_size"):
-        made.head = nn.Identity()  # no part of what is trained
-        if getattr(made, "head_dist", None) is not None:
-            made.head_dist = nn.Identity()
-    return made
-
-
-def _resample(x: Tensor, size: Any) -> Tensor:
-    if x.shape[2:] == size:
-        return x
-    return nn.functional.interpolate(x, size, mode="bilinear", align_corners=False)

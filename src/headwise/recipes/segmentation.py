@@ -13,9 +13,7 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -23,18 +21,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from headwise.errors import InputError
-from headwise.models.segmenter import BACKBONES, Segmenter, SegmenterConfig
+from headwise.models.segmenter import Segmenter, SegmenterConfig
 from headwise.ops.counting import flops
 from headwise.recipes._trainer import train_model
+from headwise.recipes.backbones import compare_sized, sized_backbone
 from headwise.recipes.image_classification import HELD_OUT, PICTURES
-from headwise.recipes.matching import match_size
 from headwise.tasks.scene_shapes import SHAPES
 from headwise.tasks.scenes import object_scenes
 from headwise.tasks.segmentation import IGNORE, ClassScores, class_scores, class_table
 
-__all__ = ["MaskSet", "TrainedSegmenter", "compare_backbones", "load_masks", "sized_backbone", "train_segmenter"]
+__all__ = ["MaskSet", "TrainedSegmenter", "compare_backbones", "load_masks", "train_segmenter"]
 
-HEAD = 16  # channels of an attention head
 SPLITS = ("test", "val", "validation")
 
 
@@ -72,9 +69,9 @@ class _Files(Masked):
 
         image, mask = self.pairs[index]
         side = (self.size, self.size)
-        with _opened(image) as picture:
+        with opened(image) as picture:
             pixels = numpy.asarray(picture.convert("RGB").resize(side), dtype=numpy.float32) / 255
-        with _opened(mask) as picture:
+        with opened(mask) as picture:
             labels = numpy.array(picture.resize(side, Image.Resampling.NEAREST), dtype=numpy.int64)
         _check_labels(mask, set(numpy.unique(labels).tolist()), self.classes)
         return {
@@ -154,7 +151,7 @@ def train_segmenter(
 
     set_seed(seed)
     if model is None:
-        sizes = sized_backbone(backbone, data, parameters) if backbone_config is None else backbone_config
+        sizes = _sized(backbone, data, parameters) if backbone_config is None else backbone_config
         set_seed(seed)
         model = Segmenter(_config(backbone, dict(sizes), data))
     elif model.config.num_labels != len(data.classes):
@@ -201,65 +198,26 @@ def compare_backbones(
 ) -> list[dict[str, Any]]:
     """One row for each backbone, each of about so many parameters: mean IoU and pixel accuracy of every seed.
 
-    spread: standard deviation of the mean IoU over seeds; None for one seed. options: of `train_segmenter`. log: called
-    with a line for every network that is trained.
+    In a row stand means over seeds, `runs` with what each seed scored, and `spread`, the standard deviation of the mean
+    IoU (None for one seed). options: of `train_segmenter`. log: called with a line for every network that is trained.
     """
-    rows = []
-    for name in backbones:
-        sizes = sized_backbone(name, data, parameters)
-        runs = []
-        for seed in seeds:
-            runs.append(train_segmenter(data, backbone=name, backbone_config=sizes, seed=seed, **options))
-            if log is not None:
-                log(f"{name}, seed {seed}: mean IoU {runs[-1].miou:.3f}")
-        ious = [run.miou for run in runs]
-        rows.append(
-            {
-                "backbone": name,
-                "backbone_config": sizes,
-                "parameters": runs[0].parameters,
-                "flops": runs[0].flops,
-                "miou": mean(ious),
-                "spread": stdev(ious) if len(ious) > 1 else None,
-                "mious": ious,
-                "pixel_accuracy": mean(run.pixel_accuracy for run in runs),
-                "pixel_accuracies": [run.pixel_accuracy for run in runs],
-                "iou": [run.iou for run in runs],
-            }
-        )
-    return rows
+
+    def train(name: str, sizes: dict[str, Any], seed: int) -> TrainedSegmenter:
+        return train_segmenter(data, backbone=name, backbone_config=sizes, seed=seed, **options)
+
+    def sizes(name: str) -> dict[str, Any]:
+        return _sized(name, data, parameters)
+
+    return compare_sized(backbones, seeds, sizes, train, ("miou", "pixel_accuracy"), log)
 
 
-def sized_backbone(backbone: str, data: MaskSet, parameters: int) -> dict[str, Any]:
-    """Sizes of a small backbone with which the whole segmenter has about so many parameters.
-
-    Two stages of strides 4 and 8, or four layers on patches of 4 pixels. The width is a multiple of a head's 16
-    channels; the MLP (of a ResNet: the second stage) is as wide as the budget then asks for.
-    Raises ValueError for an unknown backbone and for a budget that no width comes within 10 % of.
-    """
-    if backbone not in BACKBONES:
-        raise ValueError(f"sized_backbone: backbone is {backbone!r}; choose {', '.join(BACKBONES)}")
-    if data.size % 8 or data.size < 16:
-        raise ValueError(f"sized_backbone: images are {data.size} pixels wide; expected a multiple of 8, 16 or more")
-    sizes = partial(_sizes, backbone, data.size)
-    plain = backbone in ("resnet", "ela-resnet")
-
-    def count(width: int, ratio: float) -> int:
-        with torch.random.fork_rng(devices=[]):
-            model = Segmenter(_config(backbone, sizes(width, ratio), data))
-        return sum(p.numel() for p in model.parameters())
-
-    step, bounds = (HEAD // 2, (1.0, 4.0)) if plain else (HEAD, (0.5, 6.0))
-    widths = [HEAD]
-    while count(widths[-1], bounds[0]) < parameters:
-        widths.append(widths[-1] + max(step, widths[-1] // 4 // step * step))
-    found = match_size(count, parameters, widths, ratio=2.0 if plain else 4.0, bounds=bounds)
-    if abs(found.count / parameters - 1) > 0.1:
-        raise ValueError(
-            f"sized_backbone: the nearest {backbone} to {parameters:,} parameters has {found.count:,}; "
-            "give another number of parameters"
-        )
-    return sizes(found.width, found.ratio)
+def _sized(backbone: str, data: MaskSet, parameters: int) -> dict[str, Any]:
+    return sized_backbone(
+        backbone,
+        lambda sizes: Segmenter(_config(backbone, sizes, data)),
+        size=data.size,
+        parameters=parameters,
+    )
 
 
 def _config(backbone: str, sizes: dict[str, Any], data: MaskSet) -> SegmenterConfig:
@@ -270,25 +228,6 @@ def _config(backbone: str, sizes: dict[str, Any], data: MaskSet) -> SegmenterCon
         label2id={name: index for index, name in enumerate(data.classes)},
         ignore_index=IGNORE,
     )
-
-
-def _sizes(backbone: str, size: int, width: int, ratio: float) -> dict[str, Any]:
-    heads, ratio = [width // HEAD, 2 * width // HEAD], round(ratio, 6)
-    if backbone == "davit":
-        own: dict[str, Any] = {"depths": [1, 1], "hidden_sizes": [width, 2 * width], "num_heads": heads}
-        return {**own, "window_size": 4, "mlp_ratio": ratio, "drop_path_rate": 0.0}
-    if backbone in ("neighborhood", "swin"):
-        own = {"embed_dim": width, "depths": [2, 2], "num_heads": heads, "mlp_ratio": ratio, "drop_path_rate": 0.0}
-        if backbone == "swin":
-            return {**own, "window_size": 4, "image_size": size}
-        far = [max(1, size // stride // 3) for stride in (4, 8)]  # the widest that the map has room for
-        return {**own, "kernel_size": 3, "dilations": [[1, one] for one in far]}
-    if backbone in ("resnet", "ela-resnet"):
-        wide = int(width * ratio) // 8 * 8  # for the norm groups of the gates
-        return {"embedding_size": width, "hidden_sizes": [width, wide], "depths": [2, 2], "layer_type": "basic"}
-    own = {"image_size": size, "patch_size": 4, "num_channels": 3, "hidden_size": width, "num_hidden_layers": 4}
-    own |= {"num_attention_heads": width // HEAD, "mlp_ratio": ratio}
-    return {**own, "num_agents": 9} if backbone == "agent" else own
 
 
 class _Scores:
@@ -343,7 +282,7 @@ def _pairs(root: Path) -> list[tuple[Path, Path]]:
         mask = masks / f"{image.stem}.png"
         if not mask.is_file():
             raise InputError(f"data: {image} has no mask; expected {mask}")
-        with _opened(image) as one, _opened(mask) as other:
+        with opened(image) as one, opened(mask) as other:
             if one.size != other.size:
                 raise InputError(
                     f"data: {mask} is {other.width} x {other.height} pixels, its image {one.width} x {one.height}; "
@@ -358,7 +297,7 @@ def _pairs(root: Path) -> list[tuple[Path, Path]]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
     from PIL import Image
 
     try:
@@ -388,7 +327,7 @@ def _class_names(root: Path, classes: int | None, masks: Sequence[Path]) -> tupl
 def _labels(mask: Path) -> set[int]:
     import numpy
 
-    with _opened(mask) as picture:
+    with opened(mask) as picture:
         return set(numpy.unique(numpy.array(picture)).astype(int).tolist())
 
 
