@@ -31,6 +31,14 @@ SIZES = {
 }
 
 
+# transformers normalises the last map of Swin, and its backbone does not look at that.
+UNUSED = {"swin": {"backbone.swin.layernorm.weight", "backbone.swin.layernorm.bias"}}
+
+
+def without_gradient(model) -> set[str]:
+    return {key for key, value in model.named_parameters() if value.grad is None}
+
+
 def made(name: str) -> Segmenter:
     torch.manual_seed(0)
     return Segmenter(SegmenterConfig(name, SIZES[name], head_width=8, num_labels=3)).eval()
@@ -49,7 +57,7 @@ def test_every_backbone_gives_a_class_for_every_pixel(name, tmp_path):
     logs = out.logits.log_softmax(1).permute(0, 2, 3, 1)[labels != 255]
     torch.testing.assert_close(out.loss, -logs.gather(1, labels[labels != 255][:, None]).mean())
     out.loss.backward()
-    assert not [key for key, value in model.named_parameters() if value.grad is None]
+    assert without_gradient(model) == UNUSED.get(name, set())
     model.save_pretrained(tmp_path)
     again = Segmenter.from_pretrained(tmp_path).eval()
     with torch.no_grad():

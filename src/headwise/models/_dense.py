@@ -14,7 +14,7 @@ The same for all, so that what differs is the backbone. Those by name:
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -80,7 +80,7 @@ class DenseConfig(PreTrainedConfig):
         self.backbone, self.backbone_config, self.head_width = backbone, dict(backbone_config or {}), head_width
 
     @classmethod
-    def example(cls) -> "Self":
+    def example(cls) -> Any:
         """A small one."""
         sizes = {"depths": [1, 1], "hidden_sizes": [16, 32], "num_heads": [2, 4], "window_size": 3}
         return cls("davit", sizes, head_width=16, num_labels=3)
@@ -117,7 +117,7 @@ class DenseModel(PreTrainedModel):
     @classmethod
     def from_backbone(
         cls, backbone: str, source: str, *, id2label: Mapping[int, str], head_width: int = 256, **kwargs: Any
-    ) -> "Self":
+    ) -> Any:
         """A model whose backbone has the weights of a checkpoint, a folder or a hub id; its head is untrained.
 
         The checkpoint of a classifier will do. kwargs: further arguments of the config.
