@@ -21,12 +21,20 @@ def test_the_budget_is_met_with_the_ratio_nearest_to_the_wanted_one(count, targe
     widths = (16, 24, 32, 40, 48, 56, 64, 96)
     found = match_size(count, target, widths, ratio=2.0, bounds=(0.25, 8.0))
     assert found.count == count(found.width, found.ratio)
-    assert abs(found.count / target - 1) <= 0.005
-    for width in widths:  # no other width that meets it has a ratio nearer to 2
-        for units in range(width // 4, 8 * width + 1):
-            ratio = units / width
-            if width != found.width and abs(count(width, ratio) / target - 1) <= 0.001:
-                assert max(ratio, 2) / min(ratio, 2) > 0.97 * max(found.ratio, 2) / min(found.ratio, 2)
+    every = {
+        (width, units): abs(count(width, units / width + 1e-9) / target - 1)
+        for width in widths
+        for units in range(width // 4, 8 * width + 1)
+    }
+    off = abs(found.count / target - 1)
+    assert off <= max(0.005, min(every.values()) + 1e-12)
+
+    def from_two(ratio: float) -> float:
+        return max(ratio, 2) / min(ratio, 2)
+
+    for (width, units), other in every.items():  # no other width that meets it has a ratio nearer to 2
+        if off <= 0.005 and width != found.width and other <= 0.001:
+            assert from_two(units / width) > 0.97 * from_two(found.ratio)
 
 
 def test_a_budget_out_of_reach_gives_the_nearest():

@@ -51,6 +51,9 @@ def test_a_model_of_transformers_keeps_its_router(tmp_path):
     images = torch.stack([data.test[index]["pixel_values"] for index in range(3)])
     with torch.no_grad():
         torch.testing.assert_close(again(images).logits, model(images).logits)
+    model.save_pretrained(tmp_path / "renamed")  # under the names of old checkpoints of ViT
+    with pytest.raises(InputError, match=r"its weights have no vit\.layers\.0\.attention\.head_router"):
+        load_image_classifier(tmp_path / "renamed")
 
 
 def test_other_classes_get_a_new_last_layer(tmp_path):
@@ -88,7 +91,8 @@ def test_what_does_not_fit_is_refused(tmp_path, capsys):
     for words, said in [
         (["--from", str(tmp_path), "--convert", "mixture-of-heads"], "there are"),
         (["--from", str(tmp_path), "--convert", "mixture-of-head:router"], "write NAME:key=value"),
-        (["--from", str(tmp_path), "--convert", "mixture-of-head:router=best"], "router is 'best'"),
+        (["--from", str(tmp_path), "--convert", "mixture-of-head:rooter=learned"], "'rooter' is no option"),
+        (["--from", str(tmp_path), "--convert", "mixture-of-head:active=1.5"], "1.5"),
         (["--from", str(tmp_path), "--attention", "ReluAttention"], "--attention is for a model from nothing"),
         (["--convert", "mixture-of-head"], "say which by --from"),
         (["--backbone", "davit"], "--backbone is for segmentation; image-classifier has no such option"),

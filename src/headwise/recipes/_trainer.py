@@ -9,7 +9,9 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-__all__ = ["train_model"]
+__all__ = ["CONVERTED", "train_model"]
+
+CONVERTED = "headwise_convert"  # in the config of a model of transformers: what its attention was converted to
 
 
 def train_model(
@@ -66,5 +68,8 @@ def train_model(
         figures = trainer.evaluate()
         if out is not None:
             trainer.save_model(str(out))
+            if hasattr(model.config, CONVERTED) and trainer.is_world_process_zero():
+                # A checkpoint's old names for its modules would stand before those that were added, too.
+                model.save_pretrained(str(out), save_original_format=False)
     model.eval()
     return figures

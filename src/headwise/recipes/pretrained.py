@@ -21,6 +21,7 @@ from headwise.models.davit import DaViTForImageClassification
 from headwise.models.ninformer import NiNformerForImageClassification
 from headwise.models.small_vit import SmallViT
 from headwise.models.sparsifiner import SparsifinerViT
+from headwise.recipes._trainer import CONVERTED
 from headwise.recipes.image_classification import ImageSet, Labelled
 
 __all__ = ["load_image_classifier", "normalised"]
@@ -29,7 +30,6 @@ OWN: dict[str, Any] = {
     cls.config_class.model_type: cls
     for cls in (SmallViT, AgentDeiT, DaViTForImageClassification, NiNformerForImageClassification, SparsifinerViT)
 }
-CONVERTED = "headwise_convert"
 
 
 def load_image_classifier(
@@ -62,8 +62,9 @@ def load_image_classifier(
     model = cls.from_pretrained(name, **fitted)
     earlier = getattr(model.config, CONVERTED, None)
     if earlier is not None:
+        before = set(model.state_dict())
         _convert(model, earlier["to"], earlier["options"])
-        _load_converted(model, Path(name))
+        _load_added(model, Path(name), sorted(set(model.state_dict()) - before))
     if to is not None:
         _convert(model, to, options)
     return model
@@ -75,14 +76,17 @@ def _convert(model: PreTrainedModel, to: str, options: dict[str, Any]) -> None:
         setattr(model.config, CONVERTED, {"to": to, "options": options})
 
 
-def _load_converted(model: PreTrainedModel, folder: Path) -> None:
+def _load_added(model: PreTrainedModel, folder: Path, names: list[str]) -> None:
     """What the conversion added lies in the weights, but was unknown while they were read."""
     stored: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         stored |= load_file(path)
-    own = model.state_dict()
-    added = {key: value for key, value in stored.items() if key in own and own[key].shape == value.shape}
-    model.load_state_dict(added, strict=False)
+    if missing := [name for name in names if name not in stored]:
+        raise InputError(
+            f"from: {folder} was converted, and its weights have no {missing[0]}; write it by the recipe, or by "
+            "save_pretrained(folder, save_original_format=False)"
+        )
+    model.load_state_dict({name: stored[name] for name in names}, strict=False)
 
 
 class _Normalised(Labelled):
