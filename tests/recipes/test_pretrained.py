@@ -88,6 +88,7 @@ def test_what_does_not_fit_is_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="the model has 3 classes, scenes has 7"):
         train_image_classifier(load_images("scenes", train=4, size=16), model=tiny_vit(labels=3))
     start = ["train", "image-classifier", "--data", "scenes", "--out", str(tmp_path / "out")]
+    capsys.readouterr()
     for words, said in [
         (["--from", str(tmp_path), "--convert", "mixture-of-heads"], "there are"),
         (["--from", str(tmp_path), "--convert", "mixture-of-head:router"], "write NAME:key=value"),
@@ -95,8 +96,8 @@ def test_what_does_not_fit_is_refused(tmp_path, capsys):
         (["--from", str(tmp_path), "--convert", "mixture-of-head:active=1.5"], "1.5"),
         (["--from", str(tmp_path), "--attention", "ReluAttention"], "--attention is for a model from nothing"),
         (["--convert", "mixture-of-head"], "say which by --from"),
-        (["--backbone", "davit"], "--backbone is for segmentation; image-classifier has no such option"),
+        (["--backbone", "davit"], "--backbone is for segmentation and detection; image-classifier"),
     ]:
         assert run([*start, *words]) == 2
         error = capsys.readouterr().err
-        assert said in error and error.strip().count("\n") == 0, error
+        assert said in error.splitlines()[-1] and error.count("headwise: ") == 1, error

@@ -113,7 +113,7 @@ def train_image_classifier(
     data: ImageSet,
     *,
     attention: str | Sequence[str] = "SoftmaxAttention",
-    attention_options: dict[str, Any] | None = None,
+    attention_options: dict[str, Any] | Sequence[dict[str, Any] | None] | None = None,
     steps: int = 600,
     batch: int = 64,
     learning_rate: float = 2e-3,
