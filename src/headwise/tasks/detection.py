@@ -90,10 +90,11 @@ def _precisions(true: Sequence[Boxes], predicted: Sequence[Boxes], kind: int, wa
     recall = right / wanted
     precision = right / torch.arange(1, len(found) + 1)[:, None]
     precision = precision.flip(0).cummax(0).values.flip(0)  # the highest at this recall or a higher one
-    at = torch.linspace(0, 1, RECALLS, dtype=torch.float64)
+    at = torch.arange(RECALLS, dtype=torch.float64) * 0.01  # rounded as COCO's are: it decides where recalls are met
+    at[-1] = 1
     values = []
     for column in range(found.shape[1]):
-        place = torch.searchsorted(recall[:, column].contiguous(), at - 1e-12)
+        place = torch.searchsorted(recall[:, column].contiguous(), at)
         reached = place < len(found)
         values.append(float(precision[place.clamp_max(len(found) - 1), column][reached].sum() / RECALLS))
     return values
