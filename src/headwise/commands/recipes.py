@@ -24,6 +24,8 @@ def run(recipe: str, said: Output, given: Mapping[str, Any], folder: Path, steps
     if recipe != "image-classifier":
         one, several = partial(_train_dense, recipe), partial(_compare_dense, recipe)
     options: dict[str, Any] = {} if steps is None else {"steps": steps}
+    if "--learning-rate" in given:
+        options["learning_rate"] = given["--learning-rate"]
     started = time.monotonic()
     if "--compare" not in given:
         return one(said, given, folder, options, seed, started)

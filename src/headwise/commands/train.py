@@ -14,9 +14,37 @@ __all__ = ["train"]
 
 # Which options a recipe takes; a specimen has its own data and takes none of them.
 RECIPES = {
-    "image-classifier": {"--data", "--size", "--attention", "--from", "--convert", "--compare", "--seeds"},
-    "segmentation": {"--data", "--size", "--backbone", "--parameters", "--classes", "--from", "--compare", "--seeds"},
-    "detection": {"--data", "--size", "--backbone", "--parameters", "--from", "--compare", "--seeds"},
+    "image-classifier": {
+        "--data",
+        "--size",
+        "--attention",
+        "--from",
+        "--convert",
+        "--compare",
+        "--seeds",
+        "--learning-rate",
+    },
+    "segmentation": {
+        "--data",
+        "--size",
+        "--backbone",
+        "--parameters",
+        "--classes",
+        "--from",
+        "--compare",
+        "--seeds",
+        "--learning-rate",
+    },
+    "detection": {
+        "--data",
+        "--size",
+        "--backbone",
+        "--parameters",
+        "--from",
+        "--compare",
+        "--seeds",
+        "--learning-rate",
+    },
 }
 
 
@@ -29,7 +57,9 @@ def train(
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Fewer steps, for a trial.")] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", help="digits, scenes, a folder or hub:NAME; segmentation, detection: scenes, a folder."),
+        typer.Option(
+            "--data", help="digits, scenes, shapes, a folder or hub:NAME; segmentation, detection: scenes, a folder."
+        ),
     ] = None,
     size: Annotated[int | None, typer.Option("--size", min=8, help="Side in pixels that pictures are made to.")] = None,
     attention: Annotated[
@@ -61,6 +91,9 @@ def train(
     seeds: Annotated[
         int | None, typer.Option("--seeds", min=1, help="With --compare: how many, from --seed on (3).")
     ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", min=0.0, help="Of a recipe; the highest of its cosine (0.002).")
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -73,7 +106,7 @@ def train(
 
     given: dict[str, Any] = {
         "--data": data, "--size": size, "--attention": attention, "--backbone": backbone, "--parameters": parameters,
-        "--classes": classes, "--from": source, "--convert": converted, "--compare": compare or None, "--seeds": seeds,
+        "--classes": classes, "--from": source, "--convert": converted, "--compare": compare or None, "--learning-rate": learning_rate, "--seeds": seeds,
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     with output(as_json) as said:

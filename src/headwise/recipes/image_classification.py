@@ -92,7 +92,8 @@ def load_images(source: str, *, size: int | None = None, train: int = 1200, seed
     """Images to classify.
 
     source: "digits" (8 x 8, the split that the papers share; train is 200, 600 or 1200 images); "scenes" (one object on
-    a gradient, the class is its shape; train of them, and half as many to test); a folder with a folder of pictures
+    a gradient, the class is its shape; train of them, and half as many to test); "shapes" (the same of one colour on
+    black, which is learned in a few hundred steps); a folder with a folder of pictures
     for each class, or with `train` and `test` (or `val`) holding such folders; or "hub:NAME", a data set with a column
     of images and one of labels (extra: data). size: side in pixels that pictures are resized to; 32 unless given.
 
@@ -103,7 +104,9 @@ def load_images(source: str, *, size: int | None = None, train: int = 1200, seed
         sets = _Tensors(data.images, data.labels), _Tensors(data.test_images, data.test_labels)
         return ImageSet("digits", *sets, classes=tuple("0123456789"), size=(1, 8, 8))
     if source == "scenes":
-        return _scenes(size or 32, train, seed)
+        return _scenes("scenes", size or 32, train, seed)
+    if source == "shapes":
+        return _scenes("shapes", size or 32, train, seed, style="plain", background="black")
     if source.startswith("hub:"):
         return _hub(source.removeprefix("hub:"), size or 32)
     return _folder(Path(source), size or 32)
@@ -226,13 +229,17 @@ def patch_size(height: int, width: int) -> int:
     return next(p for p in range(max(1, side // (8 if side >= 32 else 4)), 0, -1) if height % p == 0 == width % p)
 
 
-def _scenes(size: int, train: int, seed: int) -> ImageSet:
+def _scenes(name: str, size: int, train: int, seed: int, **style: Any) -> ImageSet:
+    scale = (0.25, 0.4) if style else (0.2, 0.35)
+
     def part(count: int, start: int) -> _Tensors:
-        made = object_scenes(count, size=size, min_objects=1, max_objects=1, scale=(0.2, 0.35), seed=seed, start=start)
+        made = object_scenes(
+            count, size=size, min_objects=1, max_objects=1, scale=scale, seed=seed, start=start, **style
+        )
         return _Tensors(made.image[:, 0], made.shape[:, 0])
 
     sets = part(train, 0), part(max(1, train // 2), train)
-    return ImageSet("scenes", *sets, classes=tuple(SHAPES), size=(3, size, size))
+    return ImageSet(name, *sets, classes=tuple(SHAPES), size=(3, size, size))
 
 
 def _tensor(picture: Any, size: int) -> Tensor:
@@ -246,7 +253,9 @@ def _folder(root: Path, size: int) -> ImageSet:
     from PIL import Image
 
     if not root.is_dir():
-        raise InputError(f"data: {root} is no folder; expected digits, scenes, a folder of pictures, or hub:NAME")
+        raise InputError(
+            f"data: {root} is no folder; expected digits, scenes, shapes, a folder of pictures, or hub:NAME"
+        )
 
     def labelled(part: Path) -> dict[str, list[Path]]:
         return {
