@@ -13,38 +13,11 @@ from headwise.errors import InputError
 __all__ = ["train"]
 
 # Which options a recipe takes; a specimen has its own data and takes none of them.
+SHARED = {"--data", "--size", "--from", "--learning-rate", "--compare", "--seeds"}
 RECIPES = {
-    "image-classifier": {
-        "--data",
-        "--size",
-        "--attention",
-        "--from",
-        "--convert",
-        "--compare",
-        "--seeds",
-        "--learning-rate",
-    },
-    "segmentation": {
-        "--data",
-        "--size",
-        "--backbone",
-        "--parameters",
-        "--classes",
-        "--from",
-        "--compare",
-        "--seeds",
-        "--learning-rate",
-    },
-    "detection": {
-        "--data",
-        "--size",
-        "--backbone",
-        "--parameters",
-        "--from",
-        "--compare",
-        "--seeds",
-        "--learning-rate",
-    },
+    "image-classifier": SHARED | {"--attention", "--convert"},
+    "segmentation": SHARED | {"--backbone", "--parameters", "--classes"},
+    "detection": SHARED | {"--backbone", "--parameters"},
 }
 
 
@@ -106,7 +79,8 @@ def train(
 
     given: dict[str, Any] = {
         "--data": data, "--size": size, "--attention": attention, "--backbone": backbone, "--parameters": parameters,
-        "--classes": classes, "--from": source, "--convert": converted, "--compare": compare or None, "--learning-rate": learning_rate, "--seeds": seeds,
+        "--classes": classes, "--from": source, "--convert": converted, "--compare": compare or None, "--seeds": seeds,
+        "--learning-rate": learning_rate,
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     with output(as_json) as said:
