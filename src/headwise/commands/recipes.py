@@ -69,8 +69,8 @@ def _names(text: str | None) -> list[str] | None:
 def _classifier(
     said: Output, given: Mapping[str, Any], folder: Path, options: dict[str, Any], seed: int, started: float
 ) -> None:
-    from headwise.recipes.attention_table import mechanisms_for
     from headwise.recipes.image_classification import load_images, patch_size, train_image_classifier
+    from headwise.recipes.mechanisms import mechanisms_for
     from headwise.recipes.pretrained import load_image_classifier, normalised
 
     source, start, attention = given.get("--data", "digits"), given.get("--from"), given.get("--attention")
@@ -137,8 +137,8 @@ def _copy_preprocessor(source: str, folder: Path) -> None:
 def _compare_attention(
     said: Output, given: Mapping[str, Any], folder: Path, options: dict[str, Any], about: dict, started: float
 ) -> None:
-    from headwise.recipes.attention_table import attention_table, table_text, write_table
     from headwise.recipes.image_classification import load_images
+    from headwise.recipes.mechanisms import attention_table, table_text, write_table
 
     names = _names(given.get("--attention"))
     tables = {}

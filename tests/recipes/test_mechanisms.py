@@ -11,8 +11,8 @@ from headwise.attention import SoftmaxAttention
 from headwise.cli import run
 from headwise.models.small_vit import SmallViT, SmallViTConfig
 from headwise.ops.counting import flops
-from headwise.recipes.attention_table import LEFT_OUT, attention_table, mechanisms_for, table_text
 from headwise.recipes.image_classification import load_images
+from headwise.recipes.mechanisms import LEFT_OUT, attention_table, mechanisms_for, table_text
 
 
 def test_every_mechanism_that_fits_has_its_row():
