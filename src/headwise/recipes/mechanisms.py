@@ -98,13 +98,17 @@ def attention_table(
 
     rows = []
     for name, own in wanted.items():
+        trained: dict[tuple[int, float], dict[str, Any]] = {}  # both budgets may ask for one size
         for budget in budgets:
             size = (WIDTH, RATIO)
             if name != CONTROL:
                 found = match_size(partial(count, own, budget), whole[budget], WIDTHS, ratio=RATIO)
                 size = (found.width, found.ratio)
             network = {"hidden_size": size[0], "mlp_ratio": size[1], "num_attention_heads": HEADS}
-            row = compare_attention(data, {name: {**own, "network": network}}, seeds=seeds, **options)[0]
+            if size not in trained:
+                table = {name: {**own, "network": network}}
+                trained[size] = compare_attention(data, table, seeds=seeds, **options)[0]
+            row = trained[size]
             row = {
                 "mechanism": name,
                 "budget": "both" if name == CONTROL else budget,
