@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 import headwise
-from headwise.commands import doctor, inventory, measure, papers, scan, score, select, steer, train
+from headwise.commands import doctor, inventory, measure, papers, scan, score, select, steer
 from headwise.commands.common import Json, output, silence
 from headwise.errors import HeadwiseError, InputError
 
@@ -46,7 +46,7 @@ app.command("select", short_help="Keep the best-scored documents of each domain.
 app.command("papers", short_help="The catalogue: what each paper is, and what came out.")(papers.papers)
 app.command("reproduce", short_help="Run a paper's claims at small scale.")(papers.reproduce)
 app.command("bench", short_help="Speed and memory beside what one would use instead.")(measure.bench)
-app.command("train", short_help="Train a specimen again, or a model on your images.")(train.train)
+app.command("train", short_help="Train a specimen again from nothing.")(measure.train)
 app.command("doctor", short_help="Versions, devices, attention kernels.")(doctor.doctor)
 
 

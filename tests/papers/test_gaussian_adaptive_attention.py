@@ -74,9 +74,11 @@ def test_no_single_gaussian_fits_two_modes_better():
 
 
 def test_importance_and_overall_use_the_same_bounds(run):
-    weak = {"Importance Factor": 0.97, "attention received": 0.9}
+    weak = {"Importance Factor": 0.97, "attention received": 0.9, "before training": 0.9}
     assert rows._importance_margin(weak) == pytest.approx(-0.03)
     assert rows._importance_margin(weak | {"attention received": 0.5}) == pytest.approx(0.02)
+    # As good before training: no metric of what was learned.
+    assert rows._importance_margin(weak | {"attention received": 0.5, "before training": 0.97}) < 0
     good = found()
     area = rows.areas(good, run)
     assert area["before training"] > 0.9 and area["bursts"] < 0.4 and area["near the median"] > 0.95

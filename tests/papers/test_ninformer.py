@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from headwise.papers import _ninformer_setup as rows
-from headwise.papers._ninformer_setup import MIXER, NIN, NO_MIXING, SUM, VIT, Counted, Trained
+from headwise.papers._ninformer_setup import (
+    DEEP_MIXER,
+    MIXER,
+    NIN,
+    NO_MIXING,
+    SUM,
+    VIT,
+    Counted,
+    Trained,
+)
 from headwise.papers.record import find_paper
 from headwise.papers.running import Run
 
@@ -15,7 +24,7 @@ RUN = Run(find_paper("ninformer"), 0, "cpu", Path("unused"), say=lambda text: No
 
 
 def trained(**changes: float) -> Trained:
-    found = {NIN: 95.0, NO_MIXING: 70.0, SUM: 95.0, MIXER: 94.0, VIT: 90.0}
+    found = {NIN: 95.0, NO_MIXING: 70.0, SUM: 95.0, MIXER: 94.0, DEEP_MIXER: 96.0, VIT: 90.0}
     return Trained({kind: [changes.get(kind, value)] for kind, value in found.items()}, dict.fromkeys(found, 1.0))
 
 
@@ -26,7 +35,7 @@ def build(kind: str) -> Any:
 
 def test_sizes_of_the_controls():
     sizes = {kind: round(sum(p.numel() for p in build(kind).parameters()) / 1000) for kind in rows.KINDS}
-    assert sizes == {NIN: 74, NO_MIXING: 65, SUM: 74, MIXER: 39, VIT: 58}
+    assert sizes == {NIN: 74, NO_MIXING: 65, SUM: 74, MIXER: 39, DEEP_MIXER: 77, VIT: 58}
 
 
 def reach(kind: str) -> bool:
@@ -43,6 +52,7 @@ def test_only_the_gate_without_mixing_keeps_tokens_apart():
         NO_MIXING: False,
         SUM: True,
         MIXER: True,
+        DEEP_MIXER: True,
         VIT: True,
     }
 
@@ -62,6 +72,7 @@ def test_the_sum_and_the_mixer_by_hand():
 def test_rows_hold_and_fail(monkeypatch):
     assert rows.better(trained()).holds
     assert not rows.better(trained(**{MIXER: 95.0})).holds and not rows.better(trained(**{VIT: 95.1})).holds
+    assert "MLP-Mixer, 6 blocks 96.00 %" in rows.better(trained()).control
     assert rows.better_than_vit(trained()).holds and not rows.better_than_vit(trained(**{VIT: 94.1})).holds
     assert rows.needs_mixing(trained()).holds and not rows.needs_mixing(trained(**{NO_MIXING: 85.1})).holds
     monkeypatch.setattr(rows, "influence", lambda model, device: 0.1)

@@ -42,6 +42,30 @@ def test_rows_hold_and_fail_by_their_criteria():
     assert not rows.recall(right | {"positional, 2 layers": 0.8}).holds
 
 
+def hopped(standard: float, ours: float, far: float | None = None):
+    """Shares of the variance: the same in all ranges, but at 10 times the range."""
+
+    def fitted(kind: str, share: float, far: float) -> Fitted:
+        model = PositionalTransformer(PositionalConfig(attention=kind)).eval()
+        shares = dict.fromkeys(RANGES, share) | {10: far}
+        return Fitted(model, {m: 4.0 * one for m, one in shares.items()}, dict.fromkeys(RANGES, 4.0))
+
+    return {
+        POSITIONAL: fitted(POSITIONAL, ours, ours if far is None else far),
+        STANDARD: fitted(STANDARD, standard, 1.0),
+    }
+
+
+def test_pointers_are_lost_by_position_where_the_standard_learned_them(run):
+    assert rows.hops(hopped(0.01, 0.4), run).holds
+    assert not rows.hops(hopped(0.06, 0.4), run).holds  # the standard did not learn
+    assert not rows.hops(hopped(0.04, 0.03, 0.9), run).holds  # attention by position wins
+    assert not rows.hops(hopped(0.01, 0.03), run).holds  # as right in far ranges as on sums
+    assert rows.hops(hopped(0.01, 0.04, 0.06), run).margin == pytest.approx(0.2)
+    guess = rows.hops(hopped(0.01, 0.4), run).values["the list's mean: MSE over variance"]
+    assert guess == pytest.approx(7 / 8, abs=0.03)
+
+
 def test_rows_without_training(run):
     assert rows.parallel_algorithms(run).holds and rows.official_rope(run).holds
     assert rows.positions_only(found()).holds
@@ -51,6 +75,7 @@ def test_lists_of_a_wider_range_are_never_of_the_training_range():
     assert setup.wider_lists(1, 0).abs().max() <= 2
     assert 2 < setup.wider_lists(3, 0).abs().max() <= 6
     assert not torch.equal(setup.wider_lists(3, 0), setup.wider_lists(3, 1))
+    assert setup.wider_hops(1, 0).numbers.abs().max() <= 2 < setup.wider_hops(3, 0).numbers.abs().max() <= 6
 
 
 def test_tasks_are_trained_together_each_on_its_own_answers():
@@ -67,6 +92,12 @@ def test_recall_is_trained_on_the_last_token():
     assert 0 <= setup.fit_recall(STANDARD, 1, 0, steps=2) < 0.4
 
 
+def test_pointers_are_trained_on_every_place():
+    untrained, learned = (setup.fit_hops(STANDARD, 0, steps=steps) for steps in (1, 80))
+    assert learned.errors[1] < untrained.errors[1]
+    assert learned.variances[10] > 20 * learned.variances[1]
+
+
 def test_the_picture_is_drawn(run):
-    rows.draw(run, found())
+    rows.draw(run, found(), hopped(0.01, 0.4))
     assert run.figures[-1].stat().st_size > 10_000

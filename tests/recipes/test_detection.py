@@ -126,4 +126,4 @@ def test_the_command(folder, tmp_path, monkeypatch, capsys):
     assert run(["train", "detection", "--classes", "3"]) == 2
     errors = capsys.readouterr().err
     assert "the model has 2 classes, scenes has 7" in errors
-    assert "--classes is for segmentation; detection has no such option" in errors
+    assert "--classes is not an option of detection, which takes --data" in errors

@@ -1,6 +1,7 @@
 """The recipe for image classification: sources, a short training through the Trainer, what is refused."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -89,6 +90,16 @@ def test_what_holds_no_classes_is_refused(tmp_path, folder):
     with pytest.raises(InputError, match=r"0\.png cannot be read"):
         for index in range(len(data.test)):
             data.test[index]
+
+
+def test_what_is_not_installed_is_named(folder, monkeypatch):
+    data = load_images(str(folder))
+    monkeypatch.setattr("transformers.utils.import_utils.is_accelerate_available", lambda: False)
+    with pytest.raises(InputError, match=r"accelerate is not installed; pip install .headwise\[train\]"):
+        train_image_classifier(data, steps=1)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(InputError, match=r"pillow is not installed; pip install .headwise\[vision\]"):
+        data.train[0]
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

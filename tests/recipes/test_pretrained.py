@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_refused(tmp_path, capsys):
         (["--from", str(tmp_path), "--convert", "mixture-of-head:active=1.5"], "1.5"),
         (["--from", str(tmp_path), "--attention", "ReluAttention"], "--attention is for a model from nothing"),
         (["--convert", "mixture-of-head"], "say which by --from"),
-        (["--backbone", "davit"], "--backbone is for segmentation and detection; image-classifier"),
+        (["--backbone", "davit"], "--backbone is not an option of image-classifier, which takes --data"),
     ]:
         assert run([*start, *words]) == 2
         error = capsys.readouterr().err

@@ -189,7 +189,7 @@ def test_the_command(folder, tmp_path, monkeypatch, capsys):
         (["--data", "scene"], "scene is no folder; expected scenes"),
         (["--from", "o", "--parameters", "1000"], "--parameters is for a backbone from nothing"),
         (["--from", "nothing"], "from: nothing is no model"),
-        (["--attention", "ReluAttention"], "--attention is for image-classifier; segmentation has"),
+        (["--attention", "ReluAttention"], "--attention is not an option of segmentation, which takes --data"),
     ]:
         assert run(["train", "segmentation", *words]) == 2
         error = capsys.readouterr().err.strip().splitlines()

@@ -1,11 +1,11 @@
-"""Algorithms on numbers, against plain loops; ranges; recall."""
+"""Algorithms on numbers, against plain loops; ranges; recall; pointers."""
 
 import statistics
 
 import pytest
 import torch
 
-from headwise.tasks.algorithmic import ALGORITHMS, algorithm, number_lists, recall_by_key
+from headwise.tasks.algorithmic import ALGORITHMS, algorithm, number_lists, pointer_hops, recall_by_key
 
 
 def by_loops(task: str, row: list[float]) -> list[float]:
@@ -72,6 +72,10 @@ def test_other_refusals():
         algorithm("mean", torch.zeros(1, 2))
     with pytest.raises(ValueError, match="pairs 5, symbols 4"):
         recall_by_key(3, pairs=5, symbols=4)
+    with pytest.raises(ValueError, match="hops is 0"):
+        pointer_hops(3, hops=0)
+    with pytest.raises(ValueError, match=r"low 2\.0, high 1\.0"):
+        pointer_hops(3, low=2.0, high=1.0)
 
 
 def test_the_answer_is_the_value_beside_the_asked_key():
@@ -82,3 +86,24 @@ def test_the_answer_is_the_value_beside_the_asked_key():
     same = (keys[:, :-1] * keys[:, -1:]).sum(2)
     assert (same.sum(1) == 1).all()  # keys differ
     assert torch.equal((same[..., None] * values[:, :-1]).sum(1).argmax(1), data.answers)
+
+
+@pytest.mark.parametrize("hops", [1, 2, 3])
+def test_answers_are_the_numbers_at_the_end_of_the_chain(hops):
+    data = pointer_hops(30, 6, hops=hops, generator=torch.Generator().manual_seed(hops))
+    assert data.tokens.shape == (30, 6, 7)
+    for tokens, answers in zip(data.tokens.tolist(), data.answers.tolist(), strict=True):
+        for place in range(6):
+            here = place
+            for _ in range(hops):
+                here = tokens[here][:6].index(1.0)
+            assert answers[place] == tokens[here][6]
+
+
+def test_pointers_are_even_over_places_and_numbers_of_their_range():
+    data = pointer_hops(2000, 4, low=-6.0, high=6.0, generator=torch.Generator().manual_seed(0))
+    counts = torch.bincount((4 * torch.arange(4) + data.pointers).flatten(), minlength=16) / 2000
+    assert (counts - 0.25).abs().max() < 0.04
+    assert 5.9 < data.numbers.abs().max() <= 6 and (data.answers.var() - 12).abs() < 0.8
+    assert torch.equal(data.tokens[..., 4], data.numbers)
+    assert torch.equal(data.tokens[..., :4].argmax(2), data.pointers)

@@ -205,15 +205,18 @@ def areas(found: Found, run: Run) -> dict[str, float]:
 
 
 def _importance_margin(area: Mapping[str, float]) -> float:
-    return min(area["Importance Factor"] - 0.95, area["Importance Factor"] - area["attention received"] - 0.1)
+    """By how much the criterion of the row importance is met."""
+    learned = area["Importance Factor"]
+    return min(learned - 0.95, learned - area["attention received"] - 0.1, learned - area["before training"] - 1e-9)
 
 
 def importance(found: Found, run: Run) -> Measured:
     area = areas(found, run)
     margin = _importance_margin(area)
     return Measured(
-        measured=f"area {area['Importance Factor']:.3f} for clean cells; {area['bursts']:.3f} for bursts",
-        control=_said({name: area[name] for name in ("attention received", "before training", "near the median")}),
+        measured=f"area {area['Importance Factor']:.4f} for clean cells; {area['bursts']:.3f} for bursts",
+        control=f"before training {area['before training']:.4f}, "
+        + _said({name: area[name] for name in ("attention received", "near the median")}),
         holds=margin >= 0,
         margin=margin,
         values=area,

@@ -18,7 +18,8 @@ from headwise.tasks.digits import Digits, digit_batches, digit_images
 from headwise.training import fit
 
 NIN, NO_MIXING, SUM, MIXER, VIT = "NiNformer", "gate without mixing", "sum, not product", "MLP-Mixer", "ViT"
-KINDS = (NIN, NO_MIXING, SUM, MIXER, VIT)
+DEEP_MIXER = "MLP-Mixer, 6 blocks"  # as many parameters as the NiNformer has
+KINDS = (NIN, NO_MIXING, SUM, MIXER, DEEP_MIXER, VIT)
 WIDTH, HIDDEN, DEPTH, DROPOUT = 48, 96, 3, 0.1
 STEPS, BATCH, INITS = 400, 64, 1
 TOKENS = (64, 256, 1024)
@@ -46,8 +47,8 @@ class MixerBlock(MixerGate):
         return self.mix(x)
 
 
-def config() -> NiNformerConfig:
-    return NiNformerConfig(8, 2, 1, dim=WIDTH, ffn_dim=HIDDEN, depth=DEPTH, dropout=DROPOUT)
+def config(depth: int = DEPTH) -> NiNformerConfig:
+    return NiNformerConfig(8, 2, 1, dim=WIDTH, ffn_dim=HIDDEN, depth=depth, dropout=DROPOUT)
 
 
 def build(kind: str) -> Any:
@@ -55,17 +56,18 @@ def build(kind: str) -> Any:
     if kind == VIT:
         sizes: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": 4}
         return SmallViT(SmallViTConfig(mlp_ratio=HIDDEN / WIDTH, dropout=DROPOUT, **sizes))
-    model: Any = NiNformerForImageClassification(config())
+    mixer = kind in (MIXER, DEEP_MIXER)
+    model: Any = NiNformerForImageClassification(config(2 * DEPTH if kind == DEEP_MIXER else DEPTH))
     gates = {NO_MIXING: NoMixing, SUM: Sum}
     for number, block in enumerate(model.blocks):
         if kind in gates:
             block.gate = gates[kind](WIDTH, 16, HIDDEN, HIDDEN, DROPOUT)
-        elif kind == MIXER:
+        elif mixer:
             model.blocks[number] = MixerBlock(WIDTH, 16, HIDDEN, HIDDEN, DROPOUT)
     if kind == NO_MIXING:  # parameters that it has no use for
         for block in model.blocks:
             del block.gate.token_norm, block.gate.token_up, block.gate.token_down
-    if kind == MIXER:
+    if mixer:
         for block in model.blocks:
             del block.proj
     return model
@@ -199,7 +201,7 @@ def dynamic(trained: Trained, run: Run) -> Measured:
     margin = min(gain, least if least > 0 else -1.0) if gain >= 0 else gain
     return Measured(
         measured=f"smallest influence of another token on a multiplier {least:.1e}; {trained.said(NIN, MIXER)}",
-        control=trained.said(SUM, NO_MIXING),
+        control=trained.said(DEEP_MIXER, SUM, NO_MIXING),
         holds=margin >= 0,
         margin=margin,
         values={**trained.values(), "influence": least},
@@ -210,7 +212,7 @@ def better(trained: Trained) -> Measured:
     margin = trained.mean(NIN) - max(trained.mean(VIT), trained.mean(MIXER)) - 1e-9
     return Measured(
         measured=trained.said(NIN, VIT, MIXER),
-        control=f"{trained.said(SUM)}; parameters: {trained.sizes()}",
+        control=f"{trained.said(DEEP_MIXER, SUM)}; parameters: {trained.sizes()}",
         holds=margin >= 0,
         margin=margin,
         values=trained.values(),

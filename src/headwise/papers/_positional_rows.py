@@ -18,6 +18,7 @@ from headwise.papers._positional_setup import (
     TRAINED,
     Fitted,
     by_hand,
+    wider_hops,
 )
 from headwise.papers.running import Run
 from headwise.papers.verdicts import Measured
@@ -150,16 +151,45 @@ def recall(right: Mapping[str, float]) -> Measured:
     )
 
 
-def draw(run: Run, found: Found) -> None:
+def _shares(one: Fitted) -> dict[int, float]:
+    """MSE over the variance of the answers, by multiple of the range."""
+    return {multiple: one.errors[multiple] / one.variances[multiple] for multiple in RANGES}
+
+
+def hops(found: Mapping[str, Fitted], run: Run) -> Measured:
+    """found: networks on chains of pointers, by kind."""
+    held = wider_hops(1, run.seed)
+    guess = ((held.numbers.mean(1, keepdim=True) - held.answers).square().mean() / held.answers.var()).item()
+    ours, theirs = _shares(found[POSITIONAL]), _shares(found[STANDARD])
+    margin = min(1 - theirs[1] / 0.05 - 1e-9, ours[1] / theirs[1] - 1, ours[10] / 0.05 - 1 - 1e-9)
+    said = {kind: ", ".join(f"{m}x {share:.1e}" for m, share in of.items()) for kind, of in ((0, ours), (1, theirs))}
+    return Measured(
+        measured=f"positional MSE over variance {said[0]}",
+        control=f"standard {said[1]}; the list's mean {guess:.1e}",
+        holds=margin >= 0,
+        margin=margin,
+        values={
+            f"{kind}, {m}x: MSE over variance": share
+            for kind, of in ((POSITIONAL, ours), (STANDARD, theirs))
+            for m, share in of.items()
+        }
+        | {"the list's mean: MSE over variance": guess},
+    )
+
+
+def draw(run: Run, found: Found, hopped: Mapping[str, Fitted]) -> None:
     path = run.out / f"{run.paper.slug}.png"
-    with figure(path, 3, width=4.4) as (*errors, routes):
-        for axes, task in zip(errors, TASKS, strict=True):
-            for place, kind in enumerate(kind for kind in TRAINED if (kind, task) in found):
-                one = found[kind, task]
-                shares = [one.errors[m] / one.variances[m] for m in RANGES]
+    with figure(path, 4, width=3.8) as (*errors, routes):
+        drawn = {
+            f"Prefix {task}": {kind: found[kind, task] for kind in TRAINED if (kind, task) in found} for task in TASKS
+        }
+        drawn["Two pointers"] = {kind: hopped[kind] for kind in TRAINED if kind in hopped}
+        for axes, (title, kinds) in zip(errors, drawn.items(), strict=True):
+            for place, (kind, one) in enumerate(kinds.items()):
+                shares = list(_shares(one).values())
                 axes.plot(RANGES, shares, color=COLOURS[place], marker=MARKERS[place], label=kind)
             axes.set_yscale("log")
-            axes.set(xlabel="test range over training range", ylabel="MSE over variance", title=f"Prefix {task}")
+            axes.set(xlabel="test range over training range", ylabel="MSE over variance", title=title)
             axes.legend(fontsize=8)
         model = found[POSITIONAL, "sum"].model
         with torch.no_grad():
@@ -168,5 +198,5 @@ def draw(run: Run, found: Found) -> None:
         routes.imshow(shown.numpy(), cmap="Blues", vmin=0, vmax=1)
         routes.set_xticks([4, 13], ["head 0", "head 1"])
         routes.set_yticks([4 + 9 * place for place in range(len(weights))], [f"layer {i}" for i in range(len(weights))])
-        routes.set_title("Its weights on prefix sums, for every input")
+        routes.set_title("Weights on prefix sums")
     run.figures.append(path)

@@ -1,15 +1,16 @@
-"""What positional_attention.py measures on: transformers trained on algorithms, on recall, and written by hand."""
+"""What positional_attention.py measures on: transformers trained on algorithms, recall and pointers, and by hand."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from headwise.models.positional import PositionalConfig, PositionalTransformer
 from headwise.papers.running import Run
-from headwise.tasks.algorithmic import algorithm, number_lists, recall_by_key
-from headwise.training import OptimiserSpec, fit_seeds, warmup_cosine
+from headwise.tasks.algorithmic import Hops, algorithm, number_lists, pointer_hops, recall_by_key
+from headwise.training import OptimiserSpec, fit, fit_seeds, warmup_cosine
 
 POSITIONAL, STANDARD, ROPE = "positional", "standard", "rope"
 TASKS = ("sum", "min")
@@ -18,6 +19,7 @@ RANGES = (1, 2, 3, 5, 10)
 LENGTH, SAMPLES, TEST = 8, 30_000, 1000
 STEPS, BATCH, RATE = 3000, 32, 3e-3
 RECALL_STEPS, RECALL_BATCH, PAIRS, SYMBOLS = 1000, 64, 7, 16
+HOPS, HOP_STEPS, HOP_BATCH = 2, 1500, 32
 RECALLED = {
     "standard, 2 layers": (STANDARD, 2),
     "positional, 2 layers": (POSITIONAL, 2),
@@ -113,6 +115,46 @@ def recalls(run: Run) -> dict[str, float]:
         name: fit_recall(kind, layers, run.seed)
         for name, (kind, layers) in run.progress(RECALLED.items(), "recall", len(RECALLED))
     }
+
+
+def wider_hops(multiple: int, seed: int) -> Hops:
+    """Chains of pointers whose numbers are of a wider range."""
+    generator = torch.Generator().manual_seed(70_000 + 100 * seed + multiple)
+    end = 2.0 * multiple
+    return pointer_hops(TEST, LENGTH, hops=HOPS, low=-end, high=end, generator=generator)
+
+
+def fit_hops(kind: str, seed: int, steps: int = HOP_STEPS) -> Fitted:
+    """A network as deep as those of the algorithms, trained to follow pointers; new lists at every step."""
+
+    def batches(step: int, generator: torch.Generator) -> Hops:
+        return pointer_hops(HOP_BATCH, LENGTH, hops=HOPS, generator=generator)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = PositionalTransformer(PositionalConfig(in_dim=LENGTH + 1, length=LENGTH, attention=kind))
+    fit(
+        model,
+        batches,
+        lambda net, drawn: (net(drawn.tokens).values[..., 0] - drawn.answers).square().mean(),
+        steps=steps,
+        seed=seed,
+        optimiser=OptimiserSpec(lr=RATE, betas=(0.9, 0.999)),
+        schedule=warmup_cosine(0),
+        clip=None,
+    )
+    errors, variances = {}, {}
+    with torch.no_grad():
+        for multiple in RANGES:
+            held = wider_hops(multiple, seed)
+            errors[multiple] = (model(held.tokens).values[..., 0] - held.answers).square().mean().item()
+            variances[multiple] = held.answers.var().item()
+    return Fitted(model, errors, variances)
+
+
+def hopping(run: Run) -> dict[str, Fitted]:
+    """By kind."""
+    return {kind: fit_hops(kind, run.seed) for kind in run.progress((POSITIONAL, STANDARD), "pointers", 2)}
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ from headwise._files import read_json
 from headwise.errors import InputError
 from headwise.models.detector import Detector, DetectorConfig
 from headwise.ops.counting import flops
-from headwise.recipes._trainer import train_model
+from headwise.recipes._pictures import open_pixels
+from headwise.recipes._trainer import Progress, train_with
 from headwise.recipes.backbones import compare_sized, sized_backbone
 from headwise.recipes.image_classification import HELD_OUT
 from headwise.recipes.segmentation import SPLITS, opened
@@ -70,19 +71,11 @@ class _Files(Boxed):
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        import numpy
-
         one = self.pictures[index]
-        with opened(one.path) as picture:
-            pixels = numpy.asarray(picture.convert("RGB").resize((self.size, self.size)), dtype=numpy.float32) / 255
         labels, boxes = torch.full((self.places,), -1), torch.zeros(self.places, 4)
         if one.labels:
             labels[: len(one.labels)], boxes[: len(one.labels)] = torch.tensor(one.labels), torch.tensor(one.boxes)
-        return {
-            "pixel_values": torch.from_numpy(pixels).permute(2, 0, 1).contiguous(),
-            "labels": labels,
-            "boxes": boxes,
-        }
+        return {"pixel_values": open_pixels(one.path, (self.size, self.size)), "labels": labels, "boxes": boxes}
 
 
 @dataclass(frozen=True)
@@ -142,6 +135,7 @@ def train_detector(
     out: str | Path | None = None,
     seed: int = 0,
     training: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> TrainedDetector:
     """Train one detector and test it; arguments as of `train_segmenter`.
 
@@ -160,10 +154,9 @@ def train_detector(
         )
     scored = _Scores(len(data.classes))
     own = {"per_device_eval_batch_size": 4 * batch, "batch_eval_metrics": True, "label_names": ["labels", "boxes"]}
-    figures = train_model(
+    trainer = train_with(
         model,
         data.train,
-        data.test,
         steps=steps,
         batch=batch,
         learning_rate=learning_rate,
@@ -171,21 +164,24 @@ def train_detector(
         seed=seed,
         out=out,
         training={**own, **(training or {})},
-        metrics=scored,
-        predictions=lambda outputs, labels, model=model: model.found(*outputs[:2]),
+        progress=progress,
+        eval_dataset=data.test,
+        compute_metrics=scored,
+        preprocess_logits_for_metrics=lambda outputs, labels, model=model: model.found(*outputs[:2]),
     )
+    loss = trainer.evaluate()["eval_loss"]
     scores = scored.last
     assert scores is not None  # the Trainer has tested
     by_class = zip(data.classes, scores.by_class, strict=True)
     return TrainedDetector(
-        model=model,
+        model=model.eval(),
         ap=scores.ap,
         ap50=scores.ap50,
         ap75=scores.ap75,
         by_class={name: value if value == value else None for name, value in by_class},
         parameters=sum(p.numel() for p in model.parameters()),
         flops=flops(model, (torch.zeros(1, 3, data.size, data.size, device=model.device),)),
-        loss=figures["eval_loss"],
+        loss=loss,
     )
 
 

@@ -5,62 +5,27 @@ One `SmallViT` whose attention is a class of `headwise.attention`, trained by tr
 puts several mechanisms into one table, with what each costs.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from headwise.errors import InputError
 from headwise.models.small_vit import SmallViT, SmallViTConfig
 from headwise.ops.counting import flops
-from headwise.recipes._trainer import train_model
+from headwise.recipes._pictures import PICTURES, InMemory, Labelled, Pictures, open_pixels, patch_of, pixels
+from headwise.recipes._trainer import Progress, train_with
 from headwise.tasks.digits import digit_images
 from headwise.tasks.scene_shapes import SHAPES
 from headwise.tasks.scenes import object_scenes
 
 __all__ = ["ImageSet", "TrainedClassifier", "compare_attention", "load_images", "train_image_classifier"]
 
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 HELD_OUT = 5  # one of so many files of a folder without a test part is kept for testing
-
-
-class Labelled(Dataset):
-    """Images and labels by number, as the Trainer takes them."""
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-
-class _Tensors(Labelled):
-    """Images that lie in memory."""
-
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"pixel_values": self.images[index], "labels": self.labels[index]}
-
-
-class _Pictures(Labelled):
-    """Pictures that are opened when they are asked for."""
-
-    def __init__(self, items: Sequence[tuple[Any, int]], open_picture: Callable[[Any], Tensor]) -> None:
-        self.items, self.open_picture = items, open_picture
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        picture, label = self.items[index]
-        return {"pixel_values": self.open_picture(picture), "labels": torch.tensor(label)}
 
 
 @dataclass(frozen=True)
@@ -101,7 +66,7 @@ def load_images(source: str, *, size: int | None = None, train: int = 1200, seed
     """
     if source == "digits":
         data = digit_images(train)
-        sets = _Tensors(data.images, data.labels), _Tensors(data.test_images, data.test_labels)
+        sets = InMemory(data.images, data.labels), InMemory(data.test_images, data.test_labels)
         return ImageSet("digits", *sets, classes=tuple("0123456789"), size=(1, 8, 8))
     if source == "scenes":
         return _scenes("scenes", size or 32, train, seed)
@@ -126,11 +91,13 @@ def train_image_classifier(
     network: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     model: PreTrainedModel | None = None,
+    progress: Progress | None = None,
 ) -> TrainedClassifier:
     """Train one classifier and test it. out: folder that the model is written to; None writes nothing.
 
     network: sizes of `SmallViTConfig` other than its defaults. training: further `TrainingArguments`, such as
     `bf16=True`; with more processes start the caller by `accelerate launch`. AdamW, one cosine after 5 % of warm-up.
+    progress: called with steps done, steps, and a word.
     model: one to go on with, such as `recipes.load_image_classifier` gives; attention and network are not looked at
     then. Raises ValueError for a model of other images or classes than the data's.
     """
@@ -149,13 +116,12 @@ def train_image_classifier(
                 label2id={name: index for index, name in enumerate(data.classes)},
                 attention=attention,
                 attention_options=attention_options,
-                **{"patch_size": patch_size(height, width), **(network or {})},
+                **{"patch_size": patch_of(height, width), **(network or {})},
             )
         )
-    figures = train_model(
+    trainer = train_with(
         model,
         data.train,
-        data.test,
         steps=steps,
         batch=batch,
         learning_rate=learning_rate,
@@ -163,10 +129,13 @@ def train_image_classifier(
         seed=seed,
         out=out,
         training=training,
-        metrics=_accuracy,
+        progress=progress,
+        eval_dataset=data.test,
+        compute_metrics=_accuracy,
     )
+    figures = trainer.evaluate()
     return TrainedClassifier(
-        model=model,
+        model=model.eval(),
         accuracy=figures["eval_accuracy"],
         parameters=sum(p.numel() for p in model.parameters()),
         flops=flops(model, (torch.zeros(1, *data.size, device=model.device),)),
@@ -223,35 +192,20 @@ def _check_model(model: PreTrainedModel, data: ImageSet) -> None:
         )
 
 
-def patch_size(height: int, width: int) -> int:
-    """A patch that divides both sides: 8 or more along the shorter one, 4 or more on pictures below 32 pixels."""
-    side = min(height, width)  # single pixels as tokens did not train on digits
-    return next(p for p in range(max(1, side // (8 if side >= 32 else 4)), 0, -1) if height % p == 0 == width % p)
-
-
 def _scenes(name: str, size: int, train: int, seed: int, **style: Any) -> ImageSet:
     scale = (0.25, 0.4) if style else (0.2, 0.35)
 
-    def part(count: int, start: int) -> _Tensors:
+    def part(count: int, start: int) -> InMemory:
         made = object_scenes(
             count, size=size, min_objects=1, max_objects=1, scale=scale, seed=seed, start=start, **style
         )
-        return _Tensors(made.image[:, 0], made.shape[:, 0])
+        return InMemory(made.image[:, 0], made.shape[:, 0])
 
     sets = part(train, 0), part(max(1, train // 2), train)
     return ImageSet(name, *sets, classes=tuple(SHAPES), size=(3, size, size))
 
 
-def _tensor(picture: Any, size: int) -> Tensor:
-    import numpy
-
-    pixels = numpy.asarray(picture.convert("RGB").resize((size, size)), dtype=numpy.float32) / 255
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-
 def _folder(root: Path, size: int) -> ImageSet:
-    from PIL import Image
-
     if not root.is_dir():
         raise InputError(
             f"data: {root} is no folder; expected digits, scenes, shapes, a folder of pictures, or hub:NAME"
@@ -265,11 +219,7 @@ def _folder(root: Path, size: int) -> ImageSet:
         }
 
     def open_picture(path: Path) -> Tensor:
-        try:
-            with Image.open(path) as picture:
-                return _tensor(picture, size)
-        except OSError as error:
-            raise InputError(f"data: {path} cannot be read as a picture ({error})") from error
+        return open_pixels(path, (size, size))
 
     test = next((root / name for name in ("test", "val", "validation") if (root / name).is_dir()), None)
     parts = (labelled(root / "train"), labelled(test)) if test is not None and (root / "train").is_dir() else None
@@ -287,7 +237,7 @@ def _folder(root: Path, size: int) -> ImageSet:
     if unknown := sorted(set(parts[1]) - set(classes)):
         raise InputError(f"data: {root} tests the class {unknown[0]!r}, of which it has no training pictures")
     sets = (
-        _Pictures([(path, classes.index(name)) for name in part for path in part[name]], open_picture) for part in parts
+        Pictures([(path, classes.index(name)) for name in part for path in part[name]], open_picture) for part in parts
     )
     return ImageSet(root.name, *sets, classes=classes, size=(3, size, size))
 
@@ -320,6 +270,6 @@ def _hub(name: str, size: int) -> ImageSet:
 
         def __getitem__(self, index: int) -> dict[str, Tensor]:
             row = self.rows[int(index)]
-            return {"pixel_values": _tensor(row[image], size), "labels": torch.tensor(row[label])}
+            return {"pixel_values": pixels(row[image], (size, size)), "labels": torch.tensor(row[label])}
 
     return ImageSet(name, Rows(first), Rows(other), classes=tuple(first.features[label].names), size=(3, size, size))

@@ -16,7 +16,8 @@ import torch
 
 from headwise.models.small_vit import SmallViT, SmallViTConfig
 from headwise.ops.counting import flops
-from headwise.recipes.image_classification import ImageSet, compare_attention, patch_size
+from headwise.recipes._pictures import patch_of
+from headwise.recipes.image_classification import ImageSet, compare_attention
 from headwise.recipes.matching import match_size
 
 __all__ = ["LEFT_OUT", "attention_table", "mechanisms_for", "table_text", "write_table"]
@@ -85,7 +86,7 @@ def attention_table(
     if wrong := [budget for budget in budgets if budget not in BUDGETS]:
         raise ValueError(f"attention_table: budget is {wrong[0]!r}; choose {', '.join(BUDGETS)}")
     height, width = data.size[1:]
-    patch = patch_size(height, width)
+    patch = patch_of(height, width)
     known = mechanisms_for((height // patch, width // patch))
     wanted = known if mechanisms is None else mechanisms
     if not isinstance(wanted, Mapping):
@@ -132,7 +133,7 @@ def attention_table(
 
 def _count(data: ImageSet, own: Mapping[str, Any], budget: str, width: int, ratio: float) -> int:
     channels, height, columns = data.size
-    patch = patch_size(height, columns)
+    patch = patch_of(height, columns)
     config = SmallViTConfig(
         image_size=[height, columns],
         patch_size=patch,

@@ -21,8 +21,9 @@ from headwise.models.davit import DaViTForImageClassification
 from headwise.models.ninformer import NiNformerForImageClassification
 from headwise.models.small_vit import SmallViT
 from headwise.models.sparsifiner import SparsifinerViT
+from headwise.recipes._pictures import Labelled
 from headwise.recipes._trainer import CONVERTED
-from headwise.recipes.image_classification import ImageSet, Labelled
+from headwise.recipes.image_classification import ImageSet
 
 __all__ = ["load_image_classifier", "normalised"]
 

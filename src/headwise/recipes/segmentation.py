@@ -23,9 +23,10 @@ from torch.utils.data import Dataset
 from headwise.errors import InputError
 from headwise.models.segmenter import Segmenter, SegmenterConfig
 from headwise.ops.counting import flops
-from headwise.recipes._trainer import train_model
+from headwise.recipes._pictures import PICTURES, open_pixels
+from headwise.recipes._trainer import Progress, train_with
 from headwise.recipes.backbones import compare_sized, sized_backbone
-from headwise.recipes.image_classification import HELD_OUT, PICTURES
+from headwise.recipes.image_classification import HELD_OUT
 from headwise.tasks.scene_shapes import SHAPES
 from headwise.tasks.scenes import object_scenes
 from headwise.tasks.segmentation import IGNORE, ClassScores, class_scores, class_table
@@ -69,15 +70,10 @@ class _Files(Masked):
 
         image, mask = self.pairs[index]
         side = (self.size, self.size)
-        with opened(image) as picture:
-            pixels = numpy.asarray(picture.convert("RGB").resize(side), dtype=numpy.float32) / 255
         with opened(mask) as picture:
             labels = numpy.array(picture.resize(side, Image.Resampling.NEAREST), dtype=numpy.int64)
         _check_labels(mask, set(numpy.unique(labels).tolist()), self.classes)
-        return {
-            "pixel_values": torch.from_numpy(pixels).permute(2, 0, 1).contiguous(),
-            "labels": torch.from_numpy(labels),
-        }
+        return {"pixel_values": open_pixels(image, side), "labels": torch.from_numpy(labels)}
 
 
 @dataclass(frozen=True)
@@ -139,12 +135,14 @@ def train_segmenter(
     out: str | Path | None = None,
     seed: int = 0,
     training: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> TrainedSegmenter:
     """Train one segmenter and test it. out: folder that the model is written to; None writes nothing.
 
     backbone_config: sizes of the backbone; None takes those of `sized_backbone`, of about so many parameters.
     model: one to go on with, such as `Segmenter.from_backbone` makes; the three are not looked at then. training:
-    further `TrainingArguments`. AdamW, one cosine after 5 % of warm-up.
+    further `TrainingArguments`. progress: called with steps done, steps, and a word. AdamW, one cosine after 5 % of
+    warm-up.
     Raises ValueError for an unknown backbone and for a model of other classes than the data's.
     """
     from transformers import set_seed
@@ -159,10 +157,9 @@ def train_segmenter(
             f"train_segmenter: the model has {model.config.num_labels} classes, {data.name} has {len(data.classes)}"
         )
     scored = _Scores(len(data.classes), model.config.ignore_index)
-    figures = train_model(
+    trainer = train_with(
         model,
         data.train,
-        data.test,
         steps=steps,
         batch=batch,
         learning_rate=learning_rate,
@@ -170,20 +167,23 @@ def train_segmenter(
         seed=seed,
         out=out,
         training={"per_device_eval_batch_size": 4 * batch, "batch_eval_metrics": True, **(training or {})},
-        metrics=scored,
-        predictions=lambda logits, labels: logits.argmax(1),
+        progress=progress,
+        eval_dataset=data.test,
+        compute_metrics=scored,
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(1),
     )
+    loss = trainer.evaluate()["eval_loss"]
     scores = scored.last
     assert scores is not None  # the Trainer has tested
     iou = {name: value if value == value else None for name, value in zip(data.classes, scores.iou, strict=True)}
     return TrainedSegmenter(
-        model=model,
+        model=model.eval(),
         miou=scores.miou,
         pixel_accuracy=scores.pixel_accuracy,
         iou=iou,
         parameters=sum(p.numel() for p in model.parameters()),
         flops=flops(model, (torch.zeros(1, 3, data.size, data.size, device=model.device),)),
-        loss=figures["eval_loss"],
+        loss=loss,
     )
 
 
@@ -298,8 +298,10 @@ def _pairs(root: Path) -> list[tuple[Path, Path]]:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    from PIL import Image
-
+    try:
+        from PIL import Image
+    except ImportError:
+        raise InputError('data: pillow is not installed; pip install "headwise[vision]"') from None
     try:
         with Image.open(path) as picture:
             yield picture

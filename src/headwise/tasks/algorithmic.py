@@ -1,4 +1,4 @@
-"""Algorithms on short lists of numbers, in ranges of one's choice, and recall by key.
+"""Algorithms on short lists of numbers, in ranges of one's choice, recall by key, and chains of pointers.
 
 All but `sort` are cumulative: the i-th answer is that of the first i numbers.
 """
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["ALGORITHMS", "Recall", "algorithm", "number_lists", "recall_by_key"]
+__all__ = ["ALGORITHMS", "Hops", "Recall", "algorithm", "number_lists", "pointer_hops", "recall_by_key"]
 
 ALGORITHMS = ("sum", "min", "max", "median", "sort", "max-subarray")
 
@@ -93,3 +93,45 @@ def recall_by_key(count: int, *, pairs: int = 7, symbols: int = 16, generator: t
     tokens[:, :-1, :symbols], tokens[:, :-1, symbols:] = unit[keys], unit[values]
     tokens[:, -1, :symbols] = unit[keys.gather(1, asked)[:, 0]]
     return Recall(tokens, values.gather(1, asked)[:, 0])
+
+
+@dataclass(frozen=True)
+class Hops:
+    """Lists of pointers and numbers: tokens `[b n n+1]`, pointers `[b n]`, numbers and answers `[b n]`.
+
+    A token is the unit vector of the place that it points to, with its own number behind it.
+    """
+
+    tokens: Float[Tensor, "b n d"]
+    pointers: Int[Tensor, "b n"]
+    numbers: Float[Tensor, "b n"]
+    answers: Float[Tensor, "b n"]
+
+
+def pointer_hops(
+    count: int,
+    length: int = 8,
+    *,
+    hops: int = 2,
+    low: float = -2.0,
+    high: float = 2.0,
+    generator: torch.Generator | None = None,
+) -> Hops:
+    """Chains of pointers: the i-th answer is the number of the place that `hops` pointers lead to from place i.
+
+    Pointers are drawn evenly over all places, their own included, and numbers evenly from [low, high], each by itself,
+    so that nothing but the right number helps. Which places must be read is in the tokens alone.
+    Raises ValueError for hops, length or count below 1, and low above high.
+    """
+    if min(count, length, hops) < 1 or not low <= high:
+        raise ValueError(
+            f"pointer_hops: count {count}, length {length}, hops {hops}, low {low}, high {high}; expected 1 or more "
+            "and low <= high"
+        )
+    numbers = low + (high - low) * torch.rand(count, length, generator=generator)
+    pointers = torch.randint(length, (count, length), generator=generator)
+    reached = pointers
+    for _ in range(hops - 1):
+        reached = pointers.gather(1, reached)
+    tokens = torch.cat([torch.nn.functional.one_hot(pointers, length).to(numbers), numbers[..., None]], -1)
+    return Hops(tokens, pointers, numbers, numbers.gather(1, reached))
