@@ -30,7 +30,7 @@ def write_pair(root, name, labels, image=None, palette=False):
     if palette:
         mask = mask.convert("P")
         mask.putdata(labels.flatten().tolist())
-        mask.putpalette([0, 0, 0, 255, 0, 0, 0, 0, 255])
+        mask.putpalette([0, 0, 0, 255, 0, 0, 0, 0, 255] + [99] * 759)
     mask.save(root / "masks" / f"{name}.png")
 
 

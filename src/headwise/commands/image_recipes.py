@@ -71,6 +71,7 @@ def _compare_attention(asked: Any) -> Answer:
     about["seconds"] = round(time.monotonic() - started, 1)
     files = write_table(asked.folder, tables, about)
     lines = [f"{name}\n\n{table_text(rows)}" for name, rows in tables.items()]
+    del about["seconds"]  # the command counts them for itself
     return {**about, "tables": tables, "files": [str(path) for path in files]}, lines
 
 
@@ -132,6 +133,7 @@ def _compare_dense(
         first, *rest = (f"{row[score]:.3f}" for score in scores)
         values = "  ".join(f"{value:>14}" for value in (first + spread, *rest))
         lines.append(f"{row['backbone']:14} {row['parameters']:>10,} {row['flops']:>12,}  {values}")
+    del about["seconds"]  # the command counts them for itself
     return {**about, "rows": rows, "files": [str(path)]}, lines
 
 

@@ -9,6 +9,7 @@ Source: centres as in Zhou et al. 2019 (CenterNet); bumps by the sides of a box 
 Liu et al. 2020 (TTFNet); generalised IoU of Rezatofighi et al. 2019. The backbones are those of `_dense.py`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,8 @@ class Detector(DenseModel):
     def _add_head(self, config: Any) -> None:
         self.heat = nn.Conv2d(config.head_width, config.num_labels, 1)
         self.box = nn.Conv2d(config.head_width, 4, 1)
-        nn.init.constant_(self.heat.bias, -torch.tensor(1 / PRIOR - 1).log().item())  # pyright: ignore[reportArgumentType]
+        assert self.heat.bias is not None
+        nn.init.constant_(self.heat.bias, -math.log(1 / PRIOR - 1))
 
     def forward(
         self,
