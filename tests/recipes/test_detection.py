@@ -82,10 +82,10 @@ def test_parts_of_a_folder(folder, tmp_path):
 
 def test_a_comparison_has_a_row_for_each():
     data = load_boxes("scenes", train=8, size=16)
-    rows = compare_detectors(data, ["davit", "agent"], parameters=40_000, seeds=(0, 1), steps=2, batch=4)
+    rows = compare_detectors(data, ["davit", "agent"], parameters=60_000, seeds=(0, 1), steps=2, batch=4)
     assert [row["backbone"] for row in rows] == ["davit", "agent"]
     for row in rows:
-        assert row["ap"] == pytest.approx(sum(row["runs"]["ap"]) / 2) and abs(row["parameters"] / 40_000 - 1) < 0.01
+        assert row["ap"] == pytest.approx(sum(row["runs"]["ap"]) / 2) and abs(row["parameters"] / 60_000 - 1) < 0.01
 
 
 def test_bad_folders_are_refused(folder, tmp_path):

@@ -38,7 +38,7 @@ def sized_backbone(
             model = build(sizes(width, ratio))
         return sum(p.numel() for p in model.parameters())
 
-    step, bounds = (HEAD // 2, (1.0, 4.0)) if plain else (HEAD, (0.5, 6.0))
+    step, bounds = (HEAD // 2, (1.0, 4.0)) if plain else (HEAD, (0.5, 8.0))
     widths = [HEAD]
     while count(widths[-1], bounds[0]) < parameters:
         widths.append(widths[-1] + max(step, widths[-1] // 4 // step * step))
