@@ -1,9 +1,18 @@
 """Segmenters: every backbone by name, what the head does with its maps, weights of other checkpoints."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
-from transformers import DinatForImageClassification, ResNetConfig, ResNetForImageClassification, SwinBackbone
+from transformers import (
+    DinatConfig,
+    DinatForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    SwinBackbone,
+    SwinConfig,
+)
 
 from headwise.attention import EfficientLocalAttention
 from headwise.models import (
@@ -85,7 +94,12 @@ def test_gates_are_in_every_block_of_the_converted_resnet():
     assert next(p for p in model.modules() if isinstance(p, EfficientLocalAttention)).version == "T"
 
 
-def checkpoints(name: str):
+def swin(sizes: Any) -> Any:
+    sizes = {**sizes, "out_features": ["stage1", "stage2"]}
+    return SwinBackbone(SwinConfig(**sizes)).eval()
+
+
+def checkpoints(name: str) -> Any:
     """A classifier (or a backbone) with a backbone's weights, and the same network's maps."""
     if name == "davit":
         model = DaViTForImageClassification(DaViTConfig(**SIZES["davit"], num_labels=5)).eval()
@@ -94,11 +108,11 @@ def checkpoints(name: str):
         model = AgentDeiT(AgentDeiTConfig(**SIZES["agent"], num_labels=5, distilled=True)).eval()
         return model, lambda x: [model.forward_features(x)[:, 2:].mT.unflatten(2, (4, 4))]
     if name == "swin":
-        model = SwinBackbone(SwinBackbone.config_class(**SIZES["swin"], out_features=["stage1", "stage2"])).eval()
+        model = swin(SIZES["swin"])
         return model, lambda x: list(model(x).feature_maps)
     if name == "neighborhood":
         with provide_natten():
-            model = DinatForImageClassification(DinatForImageClassification.config_class(**SIZES[name])).eval()
+            model = DinatForImageClassification(DinatConfig(**SIZES[name])).eval()
         return model, None
     model = ResNetForImageClassification(ResNetConfig(**RESNET)).eval()
     return model, lambda x: list(model.resnet(x, output_hidden_states=True).hidden_states[1:])
@@ -110,7 +124,7 @@ def test_a_trained_backbone_keeps_its_weights(name, tmp_path):
     trained, maps = checkpoints(name)
     trained.save_pretrained(tmp_path)
     torch.manual_seed(1)
-    model = Segmenter.from_backbone(name, str(tmp_path), id2label={0: "a", 1: "b"}, head_width=8).eval()
+    model: Any = Segmenter.from_backbone(name, str(tmp_path), id2label={0: "a", 1: "b"}, head_width=8).eval()
     assert model.config.num_labels == 2 and model.config.id2label[1] == "b"
     images = torch.randn(1, 3, 16, 16)
     with torch.no_grad():

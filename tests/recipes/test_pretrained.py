@@ -1,6 +1,7 @@
 """Going on with a trained classifier: converted, tuned, saved, loaded again."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,16 @@ from headwise.recipes.image_classification import load_images, train_image_class
 from headwise.recipes.pretrained import load_image_classifier, normalised
 
 
-def tiny_vit(labels: int = 7) -> ViTForImageClassification:
+def tiny_vit(labels: int = 7) -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return ViTForImageClassification(ViTConfig(image_size=16, patch_size=4, num_labels=labels, **sizes)).eval()
+    sizes: Any = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_labels": labels,
+    }
+    return ViTForImageClassification(ViTConfig(image_size=16, patch_size=4, **sizes)).eval()
 
 
 def routers(model):
@@ -32,7 +39,7 @@ def test_a_learned_router_is_tuned_by_the_command(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["attention"] == "mixture-of-head"
     tuned = load_image_classifier(tmp_path / "moh")
     assert tuned.config.attention == ["MixtureOfHeads"] * 2 and len(routers(tuned)) > 0
-    dense = SmallViT.from_pretrained(tmp_path / "dense")
+    dense: Any = SmallViT.from_pretrained(tmp_path / "dense")
     assert not torch.equal(tuned.blocks[0].attn.qkv.weight, dense.blocks[0].attn.qkv.weight)
     with pytest.raises(ValueError, match="is a mixture of heads already"):
         load_image_classifier(tmp_path / "moh", to="mixture-of-head")

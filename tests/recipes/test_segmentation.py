@@ -66,7 +66,7 @@ def test_a_folder_of_masks_is_learned(folder, tmp_path, capsys):
     assert found.pixel_accuracy > 0.85 and found.miou > 0.6
     assert capsys.readouterr().out == ""
     again = Segmenter.from_pretrained(tmp_path / "out").eval()
-    table = 0
+    table = torch.zeros(3, 3, dtype=torch.long)
     for item in (data.test[index] for index in range(2)):
         table = table + class_table(item["labels"], again(item["pixel_values"][None]).logits.argmax(1)[0], 3)
     scores = class_scores(table)

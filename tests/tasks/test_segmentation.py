@@ -70,11 +70,11 @@ def test_class_scores_are_those_of_scikit_learn():
     generator = torch.Generator().manual_seed(0)
     true, other = torch.randint(0, 4, (2, 3, 8, 8), generator=generator)
     predicted = torch.where(torch.rand(true.shape, generator=generator) < 0.6, true, other)
-    table = sum(class_table(one, two, 4) for one, two in zip(true, predicted, strict=True))
+    table = torch.stack([class_table(one, two, 4) for one, two in zip(true, predicted, strict=True)]).sum(0)
     flat = true.flatten().numpy(), predicted.flatten().numpy()
     assert table.tolist() == confusion_matrix(*flat).tolist()
     scores = class_scores(table)
-    assert scores.iou == pytest.approx(jaccard_score(*flat, average=None))
+    assert scores.iou == pytest.approx(jaccard_score(*flat, average=None))  # pyright: ignore[reportArgumentType]
     assert scores.miou == pytest.approx(jaccard_score(*flat, average="macro"))
     assert scores.mean_accuracy == pytest.approx(recall_score(*flat, average="macro"))
     assert scores.pixel_accuracy == pytest.approx(float((true == predicted).double().mean())) and scores.pixels == 192

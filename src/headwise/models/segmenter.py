@@ -51,5 +51,5 @@ class Segmenter(DenseModel):
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(logits, labels.long(), ignore_index=self.config.ignore_index)
-        out = SemanticSegmenterOutput(loss=loss, logits=logits)  # pyright: ignore[reportArgumentType]
+        out = SemanticSegmenterOutput(loss=loss, logits=logits)
         return out.to_tuple() if return_dict is False else out

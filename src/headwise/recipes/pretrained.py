@@ -27,16 +27,16 @@ from headwise.recipes.image_classification import ImageSet
 
 __all__ = ["load_image_classifier", "normalised"]
 
-OWN: dict[str, Any] = {
-    cls.config_class.model_type: cls
-    for cls in (SmallViT, AgentDeiT, DaViTForImageClassification, NiNformerForImageClassification, SparsifinerViT)
-}
+CLASSIFIERS: tuple[Any, ...] = (
+    SmallViT, AgentDeiT, DaViTForImageClassification, NiNformerForImageClassification, SparsifinerViT,
+)  # fmt: skip
+OWN = {cls.config_class.model_type: cls for cls in CLASSIFIERS}
 
 
 def load_image_classifier(
     source: str | Path, *, classes: Sequence[str] | None = None, to: str | None = None, **options: Any
-) -> PreTrainedModel:
-    """A classifier of a folder or a hub id: transformers' own, or one of headwise's.
+) -> Any:
+    """A classifier (`PreTrainedModel`) of a folder or a hub id: transformers' own, or one of headwise's.
 
     classes: those of the data; where they are not the checkpoint's, the last layer is made anew. to, options: as of
     `headwise.convert`, such as `to="mixture-of-head", router="learned"`; None converts nothing.
