@@ -63,15 +63,20 @@ def _compare_attention(asked: Any) -> Answer:
 
     seeds, about, started = *_several("image-classifier", asked, train_image_classifier), time.monotonic()
     names, tables = _names(asked.options.get("attention")), {}
+    files: list[Any] = []
+
+    def keep(source: str, rows: list[dict[str, Any]]) -> None:
+        """Written again with every row, so that a long comparison that is broken off is not lost."""
+        tables[source] = rows
+        files[:] = write_table(asked.folder, tables, {**about, "seconds": round(time.monotonic() - started, 1)})
+
     for source in _names(asked.data("digits")) or []:
         images = load_images(source, size=_side(asked.options))
         asked.said.log(f"{images.name}: training on {len(images.train)} images of {len(images.classes)} classes")
         options = {key: value for key, value in _training(asked).items() if key != "seed"}
-        tables[images.name] = attention_table(images, names, seeds=seeds, log=asked.said.log, **options)
-    about["seconds"] = round(time.monotonic() - started, 1)
-    files = write_table(asked.folder, tables, about)
+        own = partial(keep, images.name)
+        attention_table(images, names, seeds=seeds, log=asked.said.log, keep=own, **options)
     lines = [f"{name}\n\n{table_text(rows)}" for name, rows in tables.items()]
-    del about["seconds"]  # the command counts them for itself
     return {**about, "tables": tables, "files": [str(path) for path in files]}, lines
 
 

@@ -73,6 +73,7 @@ def attention_table(
     seeds: Sequence[int] = (0, 1, 2),
     budgets: Sequence[str] = BUDGETS,
     log: Callable[[str], None] | None = None,
+    keep: Callable[[list[dict[str, Any]]], None] | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Rows of `compare_attention` for every mechanism and budget, the control first, which meets both.
@@ -80,7 +81,7 @@ def attention_table(
     mechanisms: names of `mechanisms_for`, or what it returns; None is all. A row has beside the accuracies: `budget`,
     `hidden_size`, `mlp_ratio`, `spread` (standard deviation over seeds; None for one), and `of_parameters` and
     `of_operations`, its counts as shares of the control's. options: of `train_image_classifier`, the same for all. log:
-    called with a line for every row.
+    called with a line for every row, keep with the rows so far.
     Raises ValueError for unknown mechanisms and budgets.
     """
     if wrong := [budget for budget in budgets if budget not in BUDGETS]:
@@ -126,6 +127,8 @@ def attention_table(
             rows.append(row)
             if log is not None:
                 log(f"{name}, equal {budget}: {row['accuracy']:.1%}")
+            if keep is not None:
+                keep(rows)
             if name == CONTROL:
                 break
     return rows
