@@ -134,7 +134,10 @@ PAPER = Paper(
         Claim(
             id="hops",
             kind="check",
-            claim="Where every step of the route depends on the data, attention by position does not win at all.",
+            claim=(
+                "Where every step of the route depends on the data, attention by position does not win in the training "
+                "range, nor is it right far from it."
+            ),
             paper_figure=(
                 "k-hop induction heads: the standard network needs 3 layers, the positional one more, and both fail "
                 "out of distribution (from a summary of the ICML version)"
