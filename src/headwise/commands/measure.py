@@ -89,7 +89,8 @@ def train(
     specimen: Annotated[
         str,
         typer.Argument(
-            help="A specimen's name, or a recipe: image-classifier, fine-grained, reidentification, action-proposals."
+            help="A specimen's name, or a recipe: image-classifier, segmentation, detection, fine-grained, "
+            "reidentification, action-proposals."
         ),
     ],
     out: Annotated[Path | None, typer.Option("--out", help=f"Folder for the model ({DEFAULT_OUT}/SPECIMEN).")] = None,
@@ -98,18 +99,22 @@ def train(
         str | None,
         typer.Option(
             "--data",
-            help="Recipes: a folder, or what is drawn: digits, scenes (hub:NAME, too), people, or generated videos.",
+            help="Recipes: a folder, or what is drawn: digits, scenes, shapes (hub:NAME, too), people, generated.",
         ),
     ] = None,
     attention: Annotated[
         str | None,
         typer.Option(
-            "--attention", help="image-classifier: a class of headwise.attention; action-proposals: csa, se or csa+se."
+            "--attention",
+            help="image-classifier: a class of headwise.attention ; action-proposals: csa, se or csa+se.",
         ),
     ] = None,
     backbone: Annotated[
         str | None,
-        typer.Option("--backbone", help="fine-grained, reidentification: a ViT by hub id or folder to start from."),
+        typer.Option(
+            "--backbone",
+            help="segmentation, detection: davit, neighborhood, agent, small-vit, ...; others: a ViT (hub id, folder).",
+        ),
     ] = None,
     size: Annotated[
         str | None, typer.Option("--size", help="Pictures are resized to it: 224, or 256x128 for reidentification.")
@@ -120,6 +125,29 @@ def train(
     baseline: Annotated[
         bool | None,
         typer.Option("--baseline/--no-baseline", help="Recipes with a method: train the network without it, too."),
+    ] = None,
+    parameters: Annotated[
+        int | None, typer.Option("--parameters", min=1, help="segmentation, detection: about so many (150000).")
+    ] = None,
+    classes: Annotated[
+        int | None, typer.Option("--classes", min=2, help="segmentation: labels of a folder's masks, from 0.")
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option("--from", help="Go on with this model or, with --backbone, its weights; folder, hub id."),
+    ] = None,
+    convert: Annotated[
+        str | None,
+        typer.Option("--convert", help="image-classifier: first convert it: mixture-of-head[:key=value,...], ..."),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="One table of several --attention or --backbone A,B,...; else of all.")
+    ] = False,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", min=1, help="With --compare: how many, from --seed on (3).")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", min=0.0, help="The highest of the cosine (0.002).")
     ] = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -135,6 +163,13 @@ def train(
         "size": size,
         "window": window,
         "baseline": baseline,
+        "parameters": parameters,
+        "classes": classes,
+        "from": source,
+        "convert": convert,
+        "compare": compare or None,
+        "seeds": seeds,
+        "learning_rate": learning_rate,
     }
     options = {name: value for name, value in given.items() if value is not None}
     with output(as_json) as said:
@@ -148,7 +183,7 @@ def train(
                 f"specimen: {specimen!r} is unknown; there are {', '.join(known)}{nearest(specimen, known)}"
             )
         if options:
-            first = next(iter(options))
+            first = next(iter(options)).replace("_", "-")
             raise InputError(f"train: --{first} is for {', '.join(RECIPES)}; {specimen} has its own data")
         folder = out if out is not None else Path(DEFAULT_OUT) / specimen
         from headwise._folders import writable_folder
