@@ -6,7 +6,8 @@ heads that can be read and edited. What a network calls its attention with is me
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -26,14 +27,14 @@ TORCH_ARGUMENTS = (
 
 
 class Tokens(NamedTuple):
-    """Rows and columns of an image's tokens, and how many others (class, distillation, registers) come before them."""
+    """The grid of an image's tokens, and how many others (class, distillation, registers) come before them."""
 
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     prefix: int
 
     @property
     def count(self) -> int:
-        return self.grid[0] * self.grid[1] + self.prefix
+        return math.prod(self.grid) + self.prefix
 
 
 class Swapped(NamedTuple):
@@ -134,9 +135,7 @@ def image_tokens(model: nn.Module) -> Tokens | None:
     return None
 
 
-def given_tokens(
-    model: nn.Module, grid_size: tuple[int, int] | None, num_prefix_tokens: int | None, where: str
-) -> Tokens | None:
+def given_tokens(model: nn.Module, grid_size: Sequence[int] | None, num_prefix_tokens: int | None) -> Tokens | None:
     """What a caller says about the tokens, else what the model says; None where neither does.
 
     Raises ValueError for a prefix without a grid.
@@ -144,12 +143,12 @@ def given_tokens(
     known = image_tokens(model)
     if grid_size is None and known is None:
         if num_prefix_tokens:
-            raise ValueError(f"{where}: num_prefix_tokens is {num_prefix_tokens}; give grid_size, too")
+            raise ValueError(f"convert: num_prefix_tokens is {num_prefix_tokens}; give grid_size, too")
         return None
     grid = known.grid if grid_size is None and known is not None else grid_size
     prefix = (0 if known is None else known.prefix) if num_prefix_tokens is None else num_prefix_tokens
     assert grid is not None
-    return Tokens((int(grid[0]), int(grid[1])), prefix)
+    return Tokens(tuple(int(one) for one in grid), prefix)
 
 
 # --- other libraries' attention -------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def _convert_interface(model: nn.Module, layers: Iterable[int] | None, given: di
 
 
 def _convert_own(model: nn.Module, layers: Iterable[int] | None, given: dict[str, Any]) -> None:
-    tokens = given_tokens(model, given.pop("grid_size", None), given.pop("num_prefix_tokens", None), "convert")
+    tokens = given_tokens(model, given.pop("grid_size", None), given.pop("num_prefix_tokens", None))
     options = AgentOptions(**given)
     if tokens is not None and options.count >= options.max_share * tokens.count:
         raise ValueError(
@@ -150,7 +150,7 @@ def _convert_own(model: nn.Module, layers: Iterable[int] | None, given: dict[str
             "v_shortcut": options.v_shortcut,
         }
         fixed: dict[str, Any] = {"num_kv_heads": old.num_kv_heads, "qkv_bias": old.qkv.bias is not None}
-        grid = None if tokens is None else tokens.grid
+        grid: Any = None if tokens is None else tokens.grid
         return Swapped(AgentAttention(old.proj.out_features, old.num_heads, grid_size=grid, **own, **fixed), own)
 
     swap(model, layers, "agent", make)

@@ -112,7 +112,7 @@ def _convert_interface(model: nn.Module, layers: Iterable[int] | None, settings:
 
 def _convert_own(model: nn.Module, layers: Iterable[int] | None, settings: dict[str, Any]) -> None:
     windows = {name: settings[name] for name in ("kernel_size", "stride", "dilation")}
-    tokens = given_tokens(model, settings["grid"], settings["prefix"], "convert")
+    tokens = given_tokens(model, settings["grid"], settings["prefix"])
 
     def make(old: SoftmaxAttention, layer: int) -> Swapped:
         own: dict[str, Any] = dict(windows)

@@ -11,6 +11,7 @@ them first.
     set_connectivity(model, "sparse")      # then tune the rest with the dense model as teacher
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -70,7 +71,7 @@ def to_sparsifiner(
             prefix = (0 if own else 1) if known is None else known.prefix
         tokens = num_tokens
         if tokens is None:
-            tokens = _tokens(model, prefix) if known is None else known.grid[0] * known.grid[1] + prefix
+            tokens = _tokens(model, prefix) if known is None else math.prod(known.grid) + prefix
         options = {
             "keep": keep,
             "token_reduction": token_reduction,
