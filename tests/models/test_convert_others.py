@@ -33,7 +33,7 @@ WIDTH, HEADS, GRID, PREFIX = 32, 4, (6, 6), 3
 SETTINGS: dict[str, tuple[type[nn.Module], dict[str, Any] | None, dict[str, Any]]] = {
     "mixture-of-head": (MixtureOfHeads, {"active": 1.0, "shared": 1.0}, {"active": 0.75, "shared": 0.5}),
     "neighborhood": (NeighborhoodAttention, {"kernel_size": 6}, {"kernel_size": 3}),
-    "sparsifiner": (SparsifinerAttention, {"keep": 1.0}, {"keep": 0.25}),
+    "sparsifiner": (SparsifinerAttention, {"keep": 1.0, "coef_topk": 2}, {"keep": 0.25, "coef_topk": 2}),
     "agent": (AgentAttention, None, {"num_agents": 4}),
 }
 
@@ -241,7 +241,7 @@ def test_what_timms_layers_do_besides_is_refused():
         ("agent", {"num_agents": 25}, "25 for 39 tokens"),
         ("agent", {"num_agents": 4, "layers": [2]}, "layers are"),
         ("neighborhood", {"kernel_size": 7}, "kernel_size 7 times dilation 1 is 7"),
-        ("sparsifiner", {}, "num_prefix_tokens 3"),
+        ("sparsifiner", {"coef_topk": 2}, "num_prefix_tokens 3"),
         ("mixture-of-head", {"active": 2.0}, "active"),
     ],
 )
@@ -285,7 +285,7 @@ def test_torchs_encoder(batch_first, norm_first):
         ("mixture-of-head", {"active": 1.0, "shared": 1.0}),
         ("neighborhood", {"kernel_size": 6, "grid_size": (6, 6)}),
         ("neighborhood", {"kernel_size": 36}),
-        ("sparsifiner", {"keep": 1.0, "num_tokens": 36}),
+        ("sparsifiner", {"keep": 1.0, "num_tokens": 36, "coef_topk": 2}),
     ):
         made = hw.convert(copy.deepcopy(model), to=name, **options)
         torch.testing.assert_close(run(made, x), plain, atol=1e-5, rtol=1e-4)
@@ -358,7 +358,7 @@ def test_timms_other_layers():
     with pytest.raises(UnsupportedModel):
         hw.convert(eva, to="agent", num_agents=4)
     swin = timm.create_model("swin_tiny_patch4_window7_224")
-    with pytest.raises(UnsupportedModel, match="relative_position_bias_table"):
+    with pytest.raises(UnsupportedModel, match=r"\(WindowAttention\) has"):
         hw.convert(swin, to="agent", num_agents=4)
     resnet = hw.convert(timm.create_model("resnet18"), to="ela-t")
     assert sum(type(part).__name__ == "EfficientLocalAttention" for part in resnet.modules()) == 8
