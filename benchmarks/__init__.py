@@ -1,8 +1,8 @@
 """What `headwise bench` measures: one registry of inputs, variants and rivals.
 
 Every module of this folder that defines `benchmark()` is one benchmark. Ratios only: the variants of an input are run
-in turn in one process and each is divided by the baseline of its own round; peak memory comes from a fresh process a
-variant, or is what one call holds at most. Nothing here asserts a time.
+in turn in one process, short calls several times, and each is divided by the baseline of its own round. Peak memory
+comes from a fresh process a variant, or is what one call holds at most. Nothing here asserts a time.
 """
 
 import ctypes
@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 __all__ = ["Benchmark", "Row", "Setting", "UnknownInput", "Variant", "names", "run", "setting"]
+
+
+LEAST_SECONDS, MOST_CALLS = 0.02, 50  # short calls are repeated in a round
 
 
 class UnknownInput(ValueError):
@@ -180,21 +183,23 @@ def _measure(
     ready = [(variant, variant.make()) for variant in variants if variant.skip is None]
     for _, function in ready:
         function()  # warm-up
-    _wait()
+    calls = {
+        variant.name: max(1, min(MOST_CALLS, round(LEAST_SECONDS / _time(function, 1)))) for variant, function in ready
+    }
     times: dict[str, list[float]] = {variant.name: [] for variant, _ in ready}
+    gc.collect()
+    gc.freeze()  # what is there stays: looking through it again before every call takes longer than the calls
     for _ in range(rounds):
         for variant, function in ready:
             gc.collect()
-            start = time.perf_counter()
-            function()
-            _wait()
-            times[variant.name].append(time.perf_counter() - start)
+            times[variant.name].append(_time(function, calls[variant.name]))
     peaks: dict[str, float | None] = {}
     held: dict[str, float | None] = {}
     if memory and benchmark.call:
         held = {variant.name: _held(function) for variant, function in ready}
     elif memory:
         peaks = {variant.name: _peak(benchmark.name, label, variant.name) for variant, _ in ready}
+    gc.unfreeze()
     baseline = variants[0].name
     for variant in variants:
         if variant.skip is not None:
@@ -217,6 +222,20 @@ def _measure(
         memory_of = f"{row.peak_mib} MiB" if benchmark.call else f"{row.peak_ratio}x"
         log(f"  {row.variant}: {row.median_ratio}x (spread {row.spread}), memory {memory_of}")
         yield row
+
+
+def _time(function: Callable[[], object], calls: int) -> float:
+    """Seconds of a call. One thread on a CPU is timed by the processor's time: others' work does not count."""
+    import torch
+
+    alone = setting.device == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
+    _wait()
+    start = clock()
+    for _ in range(calls):
+        function()
+    _wait()
+    return max(1e-9, clock() - start) / calls
 
 
 def _wait() -> None:

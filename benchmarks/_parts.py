@@ -78,6 +78,8 @@ def timed(way: Way, step: bool) -> Callable[[], Any]:
     """The function of a way: without gradients, or with those of its leaves."""
     function, leaves = way()
     if not step:
+        for leaf in leaves:  # as in use: what could ask for a gradient keeps torch from fused kernels
+            leaf.requires_grad_(False)
         return torch.no_grad()(function)
 
     def both() -> Any:
@@ -102,14 +104,13 @@ def of_module(module: nn.Module, *inputs: Tensor, function: Callable[..., Tensor
     """A module (or a function of it and its inputs) as a way; a step has the gradients of parameters and inputs."""
     module = module.to(**place())
     call = partial(module, *inputs) if function is None else partial(function, module, *inputs)
-    used = [one for one in module.parameters() if one.requires_grad]
-    return call, [*used, *(x for x in inputs if x.requires_grad)]
+    return call, [*module.parameters(), *inputs]
 
 
 def products(operations: float) -> Callable[[], Any]:
-    """Matrix products `[m 192] [192 192]` with so many operations together."""
-    width, chunk = 192, 768 if setting.device == "cpu" else 1 << 17
-    rows = max(16, round(operations / (2 * width**2)))
+    """Matrix products `[m 192] [192 192]` with so many operations together; of width 64 where that is little."""
+    width, chunk = 192 if operations > 1e7 else 64, 768 if setting.device == "cpu" else 1 << 17
+    rows = max(1, round(operations / (2 * width**2)))
     a, b = draw((min(rows, chunk), width), (width, width), gradients=False)
     whole, rest = divmod(rows, chunk)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import Benchmark, Variant, setting
-from benchmarks._parts import OURS, Part, Way, Work, benchmark_of, draw, scaled_dot_product
+from benchmarks._parts import OURS, Part, Way, Work, benchmark_of, draw, scaled_dot_product, timed
 from headwise.attention import neighborhood_attention, neighborhood_backends
 from headwise.attention.neighborhood import _window_index, axes_of
 from headwise.papers._neighborhood_setup import gather_products
@@ -87,7 +87,7 @@ PARTS = [
 
 
 def backend(grid: tuple[int, ...], kernel: int, name: str) -> Callable[[], Any]:
-    return torch.no_grad()(ours((grid, kernel), name)[0])
+    return timed(partial(ours, (grid, kernel), name), False)
 
 
 def backends(grid: tuple[int, ...], kernel: int) -> list[Variant]:

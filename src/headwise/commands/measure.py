@@ -50,18 +50,15 @@ def bench(
 
                 raise InputError(f"bench: {given!r} is unknown; there are {', '.join(known)}{nearest(name, known)}")
         quiet_libraries()
-        try:
-            found = registry.run(
-                wanted or None,
-                inputs=inputs,
-                rounds=rounds,
-                memory=memory,
-                device=device_of(device),
-                dtype=str(dtype_of(dtype or "float32")).removeprefix("torch."),
-                log=said.log,
-            )
-        except registry.UnknownInput as error:
-            raise InputError(str(error)) from error
+        found = registry.run(
+            wanted or None,
+            inputs=inputs,
+            rounds=rounds,
+            memory=memory,
+            device=device_of(device),
+            dtype=str(dtype_of(dtype or "float32")).removeprefix("torch."),
+            log=said.log,
+        )
         if as_json:
             return said.write(document(**found))
         print(f"{found['machine'].get('processor') or 'this machine'}; ratios to the first variant of each input\n")
