@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from headwise.attend.point import head_points
 from headwise.attention.softmax import SoftmaxAttention
-from headwise.attention.sparsifiner import ConnectivityPredictor, Mode, SparsifinerAttention, connectivity_from_indices
+from headwise.attention.sparsifiner import ConnectivityPredictor, Mode, SparsifinerAttention
 from headwise.errors import UnsupportedModel
 from headwise.hf import dispatch
 from headwise.hf.addresses import attention_modules, layout, tower_kinds
@@ -158,7 +158,7 @@ def _attend(
             rows = (q[:, :, chooser.prefix :] @ k.mT * scale).softmax(-1)
             chooser.reconstruction = (chooser.reconstruct(q, k) - rows).square().sum()
         elif chooser.mode == "sparse":
-            shown = connectivity_from_indices(chooser(query, key), key.shape[2], chooser.prefix)
+            shown = chooser.mask(query, key)
             eager = dispatch.base_name(module.config) == "eager"  # which adds its masks
             mask = torch.zeros_like(shown, dtype=query.dtype).masked_fill(~shown, -torch.inf) if eager else shown
     return base(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
