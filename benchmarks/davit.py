@@ -3,6 +3,7 @@ layers of softmax attention at equal shape. Maps of 96 channels, three heads, wi
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ def pair() -> nn.Sequential:
 
 def released(layers: nn.Sequential, x: Tensor) -> Tensor:
     """Products, softmax and products again; windows and heads by permutations of whole maps."""
-    window, channel = layers
+    window: Any = layers[0]
+    channel: Any = layers[1]
     b, side, _, c = x.shape
     count, scale = side // WINDOW, (WIDTH // HEADS) ** -0.5
     parts = x.view(b, count, WINDOW, count, WINDOW, c).permute(0, 1, 3, 2, 4, 5).contiguous().view(-1, WINDOW**2, c)

@@ -74,10 +74,11 @@ def test_a_padded_text():
 
 def test_own_networks(tmp_path):
     torch.manual_seed(0)
-    model, x = SmallViT(SmallViTConfig(patch_size=1)).eval(), torch.randn(2, 1, 8, 8)
+    x = torch.randn(2, 1, 8, 8)
+    model: Any = SmallViT(SmallViTConfig(patch_size=1)).eval()
     plain, weights = model(x).logits, {name: value.clone() for name, value in model.state_dict().items()}
     hw.convert(model, to="agent", num_agents=4, layers=[0])
-    layer = model.blocks[0].attn
+    layer: Any = model.blocks[0].attn
     assert isinstance(layer, AgentAttention) and type(model.blocks[1].attn).__name__ == "SoftmaxAttention"
     assert layer.query_scale == pytest.approx((layer.head_dim**-0.5) ** 0.3) and layer.v_shortcut == 0.075
     assert {name: value.tolist() for name, value in model.state_dict().items()} == {
@@ -102,7 +103,7 @@ def test_a_diffusion_network():
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     with pytest.raises(ValueError, match="has agents already"):
         hw.convert(network, to="agent")
-    handle = network.agent_diffusion
+    handle: Any = network.agent_diffusion
     handle.at_step(None, 1, None, {})
     assert handle.options == LATE
     handle.remove()

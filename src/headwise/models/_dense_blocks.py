@@ -243,7 +243,7 @@ def _from_timm(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
 
 
 def _from_torch(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-    given = {"need_weights": True} | dict(zip(TORCH_ARGUMENTS, args, strict=False)) | kwargs
+    given: dict[str, Any] = {"need_weights": True} | dict(zip(TORCH_ARGUMENTS, args, strict=False)) | kwargs
     _refuse(module, given, {"key_padding_mask", "attn_mask", "is_causal", "need_weights"})
     x = given["query"]
     if given["key"] is not x or given["value"] is not x or x.ndim != 3:
