@@ -29,7 +29,7 @@ from headwise.models.conversion import chosen_layers
 from headwise.models.diffusion_agents import EARLY, agent_diffusion
 from headwise.models.training_free_agents import NAME, AgentOptions
 
-__all__: list[str] = []
+__all__ = []
 
 Model = TypeVar("Model")
 
