@@ -374,8 +374,9 @@ extern "C" void headwise_neighborhood_forward(const float* q, const float* k, co
                             }
                             all_products<false>(lanes_q.data(), keys + (r * Z + low) * D, 1, D, D, at_scores, width);
                             values.push_back(vals + (r * Z + low) * E);
-                            for (int lane = 0; table && lane < used; ++lane) {
-                                const long at = first + lane % block.lanes, own = y + lane / block.lanes;
+                            for (int lane = 0; table && lane < W; ++lane) {
+                                const long query = lane < used ? lane : used - 1;
+                                const long at = first + query % block.lanes, own = y + query / block.lanes;
                                 if (yr < start1[own] || yr >= stop1[own]) continue;
                                 const float* line = table + (yr - own + kernel[1] - 1) * (2 * kernel[2] - 1);
                                 for (long j = start2[at]; j < stop2[at]; ++j)
