@@ -214,7 +214,7 @@ static inline void square(const float* const* from, float* const* to) {
 
 // [rows, columns] to [columns, rows], rows `step` apart.
 static void turn(const float* from, long rows, long columns, float* to, long step) {
-    const long squares = columns / W * W;
+    const long squares = SLIDES ? columns / W * W : 0;
     const float* lines[W];
     float* targets[W];
     for (long r = 0; r < rows; r += W) {
