@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "gaussian-adaptive-attention==0.1.5"]
+# dependencies = ["torch==2.13.0", "gaussian-adaptive-attention==0.1.5", "safetensors>=0.5", "numpy>=2.0"]
 # ///
 """What the released Gaussian adaptive attention gives: axes, heads and Gaussians, a remainder, padding, a block.
 

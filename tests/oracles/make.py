@@ -62,15 +62,23 @@ def main(names: list[str]) -> None:
     if unknown:
         sys.exit(f"oracles: unknown {sorted(unknown)}; there are {[script.stem for script in scripts]}")
     FIXTURES.mkdir(exist_ok=True)
+    failed = []
     for script in scripts:
         if names and script.stem not in names:
             continue
         print(f"{script.stem}: {', '.join(dependencies(script))}", flush=True)
         out = FIXTURES / f"{script.stem}.safetensors"
         quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_MODE": "disabled"}
-        # -P: a script named after its peer must not be imported in its place.
-        subprocess.run([environment(script), "-P", script, out], check=True, env=os.environ | quiet)
-        print(f"  wrote {out.relative_to(ROOT)}, {out.stat().st_size // 1024} KiB")
+        try:
+            # -P: a script named after its peer must not be imported in its place.
+            subprocess.run([environment(script), "-P", script, out], check=True, env=os.environ | quiet)
+        except subprocess.CalledProcessError as error:
+            print(f"  {error}", file=sys.stderr, flush=True)
+            failed.append(script.stem)
+            continue
+        print(f"  wrote {out.relative_to(ROOT)}, {out.stat().st_size // 1024} KiB", flush=True)
+    if failed:
+        sys.exit(f"oracles: no new fixture of {', '.join(failed)}; the reasons stand above")
 
 
 if __name__ == "__main__":

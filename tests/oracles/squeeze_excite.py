@@ -11,7 +11,13 @@ from importlib.metadata import version
 
 import torch
 from safetensors.torch import save_file
-from timm.layers.squeeze_excite import SqueezeExcite
+
+# timm imports torchvision and uses none of it; beside a CPU build of torch its operators must be declared first.
+_operators = torch.library.Library("torchvision", "FRAGMENT")
+for _name in ("nms", "qnms"):
+    _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+from timm.layers.squeeze_excite import SqueezeExcite  # noqa: E402
 
 
 def main(path: str) -> None:

@@ -60,6 +60,10 @@ PAPER = Paper(
                 "which one block's selection changes nothing) it is higher than with random queries"
             ),
             control="GLCA read by the mean with as many random queries, and the baseline",
+            known=(
+                "GLCA reads with one block and one class token, in which the selection changes nothing but which rows "
+                "the mean sees; 89.4 to 94.3 % are right in every arm, seeds 0 to 2, and random queries do as well"
+            ),
         ),
         Claim(
             id="pwca",
@@ -75,6 +79,10 @@ PAPER = Paper(
                 "between training and test accuracy is smaller than the baseline's"
             ),
             control="the baseline, and the baseline for twice the steps",
+            known=(
+                "the baseline has 200 digits by heart in 500 steps and still 91.6 to 93.8 % of the test images right: "
+                "little is left to regularize; PWCA is above it in one seed of three"
+            ),
         ),
         Claim(
             id="attention",
@@ -90,6 +98,10 @@ PAPER = Paper(
                 "response reach more of the four parts of a person"
             ),
             control="the baseline, and an even response over all patches",
+            known=(
+                "the response does become more even (entropy higher in 3 of 3 seeds, more parts in 3 of 3), but over "
+                "the background too: 50 to 56 % of it lies there against 43 to 48 % of the baseline's"
+            ),
         ),
         Claim(
             id="on-par",
@@ -112,6 +124,10 @@ PAPER = Paper(
                 "backbone and one 32 wide, 2 blocks): DCAL is at least 1 point above the baseline in each of the three"
             ),
             control="the three baselines",
+            known=(
+                "the larger backbone gains 3.3 to 7.1 points of mAP on people in all three seeds; the smaller one of "
+                "two blocks loses in two, and digits lose 0.2 to 2.3 points"
+            ),
         ),
         Claim(
             id="re-identification",
@@ -123,6 +139,10 @@ PAPER = Paper(
                 "smaller baseline's and 2.4 above the larger one's"
             ),
             control="the baselines; the features of SA alone",
+            known=(
+                "met by the larger backbone (+5.6, +7.1, +3.3 points); the smaller one has -7.6, +2.1, -6.3: two "
+                "blocks do not carry the two more branches"
+            ),
         ),
         Claim(
             id="self-alone",
