@@ -20,10 +20,10 @@ from headwise.papers._neighborhood_setup import gather_products
 HEADS, SIZE = 4, 32
 Problem = tuple[tuple[int, ...], int]
 IMAGES: tuple[Problem, ...] = (((28, 28), 7), ((56, 56), 7), ((112, 112), 7))
-SEQUENCES: tuple[Problem, ...] = (((2048,), 256), ((4096,), 256), ((8192,), 256))
+SEQUENCES: tuple[Problem, ...] = (((1024,), 256), ((4096,), 256), ((8192,), 256))
 TORCH, GATHERED = "headwise, torch alone", "gathered keys"
 NATTEN, FLEX = "NATTEN", "headwise, FlexAttention"
-MOST_GATHERED = 300 * 2**20  # bytes of keys
+MOST_GATHERED = 150 * 2**20  # bytes of keys
 
 
 def tensors(grid: tuple[int, ...], gradients: bool = True) -> list[Tensor]:
