@@ -183,17 +183,19 @@ def break_even(ratios: Sequence[tuple[int, float | None]]) -> str | None:
     """Between which sizes a ratio falls below 1 and stays there, in words; None where nothing is known.
 
     >>> break_even([(100, 2.0), (400, 0.5), (1600, 0.1)])
-    'about 200 (between 100 and 400)'
+    'from about 200 tokens on (between 100 and 400)'
     """
     known = [(size, ratio) for size, ratio in ratios if ratio is not None]
     if not known:
         return None
     behind = [place for place, (_, ratio) in enumerate(known) if ratio >= 1]
     if not behind:
-        return f"below {known[0][0]}"
+        return f"at every size, from {known[0][0]} tokens on"
+    if len(behind) == len(known):
+        return f"at no size, up to {known[-1][0]} tokens"
     if behind[-1] == len(known) - 1:
-        return f"not up to {known[-1][0]}"
+        return f"at some sizes, not at {known[-1][0]} tokens"
     (small, above), (large, below) = known[behind[-1]], known[behind[-1] + 1]
     share = math.log(above) / (math.log(above) - math.log(below))  # straight in the logarithms
     middle = math.exp(math.log(small) + share * (math.log(large) - math.log(small)))
-    return f"about {float(f'{middle:.2g}'):.0f} (between {small} and {large})"
+    return f"from about {float(f'{middle:.2g}'):.0f} tokens on (between {small} and {large})"

@@ -74,11 +74,12 @@ def test_the_product_has_as_many_operations(operations):
 @pytest.mark.parametrize(
     ("ratios", "said"),
     [
-        ([(100, 4.0), (400, 0.25), (1600, 0.1)], "about 200 (between 100 and 400)"),
+        ([(100, 4.0), (400, 0.25), (1600, 0.1)], "from about 200 tokens on (between 100 and 400)"),
         ([(100, 2.0), (400, 0.9), (1600, 1.1), (6400, 0.5)], "between 1600 and 6400"),
-        ([(100, 0.9), (400, 0.5)], "below 100"),
-        ([(100, 0.9), (400, 1.5)], "not up to 400"),
-        ([(100, 1.0), (400, None)], "not up to 100"),
+        ([(100, 0.9), (400, 0.5)], "at every size, from 100 tokens on"),
+        ([(100, 0.9), (400, 1.5)], "at some sizes, not at 400 tokens"),
+        ([(100, 1.9), (400, 1.5)], "at no size, up to 400 tokens"),
+        ([(100, 1.0), (400, None)], "at no size, up to 100 tokens"),
         ([(100, None)], None),
     ],
 )
@@ -178,6 +179,6 @@ def test_the_command_prints_the_digest(monkeypatch, capsys):
     monkeypatch.setattr(benchmarks, "run", lambda *_, **__: document)
     assert run(["bench", "attention"]) == 0
     printed = capsys.readouterr().out
-    assert "made, forward; ahead of softmax attention at no size up to 10 tokens" in printed
+    assert "made, forward; ahead of softmax attention at no size, up to 10 tokens" in printed
     assert printed.splitlines()[-1].split()[:5] == ["10", "tokens", "3", "6", "0.5"]
     assert PRODUCT not in printed, "rows are in --json"

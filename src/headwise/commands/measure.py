@@ -86,8 +86,7 @@ def _print_digest(lines: list[dict[str, Any]]) -> None:
     for line in lines:
         if (line["part"], line["pass"]) != last:
             last = line["part"], line["pass"]
-            ahead = f"; ahead of softmax attention from {line['break_even']} tokens" if line["break_even"] else ""
-            ahead = ahead.replace("from not up to", "at no size up to").replace("from below", "already at")
+            ahead = f"; ahead of softmax attention {line['break_even']}" if line["break_even"] else ""
             print(f"\n{line['part']}, {line['pass']}{ahead}")
             print(f"  {'':30} {'/ softmax':>10} {'/ product':>10} {'/ peer':>8}   MiB: own, softmax, peer")
         memory = ", ".join(figure(line[key]) for key in ("mib", "softmax_mib", "peer_mib"))
