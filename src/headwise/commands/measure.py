@@ -29,7 +29,7 @@ __all__ = ["bench", "train"]
 
 def bench(
     names: Annotated[list[str] | None, typer.Argument(help="Benchmarks; left out: all.")] = None,
-    inputs: Annotated[list[str] | None, typer.Option("--input", help="Only this input of a benchmark.")] = None,
+    inputs: Annotated[list[str] | None, typer.Option("--input", help="Only inputs whose name has this in it.")] = None,
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="How often each variant is timed.")] = None,
     memory: Annotated[bool, typer.Option(help="Measure peak memory too, in a process for each variant.")] = True,
     listing: Annotated[bool, typer.Option("--list", help="List the benchmarks.")] = False,
@@ -62,13 +62,37 @@ def bench(
         if as_json:
             return said.write(document(**found))
         print(f"{found['machine'].get('processor') or 'this machine'}; ratios to the first variant of each input\n")
+        digests = found.get("digests", {})
         for row in found["rows"]:
+            if row["name"] in digests:
+                continue
             if row["skipped"]:
                 figures = f"skipped: {row['skipped']}"
             else:
                 peak = "" if row["peak_ratio"] is None else f"  memory {row['peak_ratio']:.2f}"
                 figures = f"{row['median_ratio']:.2f} ± {row['spread']:.2f}{peak}"
             print(f"{row['name']:12} {row['input']:16} {row['variant']:34} {figures}")
+        for lines in digests.values():
+            _print_digest(lines)
+
+
+def _print_digest(lines: list[dict[str, Any]]) -> None:
+    """One table for each part and pass; each figure is headwise's time, or its memory, over what the column names."""
+
+    def figure(value: float | None, unit: str = "") -> str:
+        return "-" if value is None else f"{value:.3g}{unit}"
+
+    last = None
+    for line in lines:
+        if (line["part"], line["pass"]) != last:
+            last = line["part"], line["pass"]
+            ahead = f"; ahead of softmax attention {line['break_even']}" if line["break_even"] else ""
+            print(f"\n{line['part']}, {line['pass']}{ahead}")
+            print(f"  {'':30} {'/ softmax':>10} {'/ product':>10} {'/ peer':>8}   MiB: own, softmax, peer")
+        memory = ", ".join(figure(line[key]) for key in ("mib", "softmax_mib", "peer_mib"))
+        peer = f"  ({line['peer']})" if line["peer"] else ""
+        figures = f"{figure(line['of_softmax']):>10} {figure(line['of_product']):>10} {figure(line['of_peer']):>8}"
+        print(f"  {line['size']:30} {figures}   {memory}{peer}")
 
 
 def _registry() -> Any:
