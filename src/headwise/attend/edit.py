@@ -2,8 +2,8 @@
 
 Every edit names heads (None: all of the main tower), the rows that it touches (`when`) and its neutral setting, at
 which it is the identity bit for bit. Edits act in three stages, each in the order given: on the inputs of a head
-(`InputEdit`), on its weights (`GroupEdit` through the masses of key groups, `RowEdit` on whole rows), on its output
-(`OutputEdit`). To write your own, subclass one of the four.
+(`InputEdit`), on its weights (`GroupEdit` through the masses of key groups, `RowEdit` on whole rows, `ColumnEdit` on
+rows as their columns demand), on its output (`OutputEdit`). To write your own, subclass one of the five.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,7 +18,7 @@ from headwise.attend.call import Call
 from headwise.attend.groups import KeyGroup
 from headwise.attend.step import Step
 
-__all__ = ["Edit", "GroupEdit", "InputEdit", "OutputEdit", "RowEdit", "Rows"]
+__all__ = ["ColumnEdit", "Edit", "GroupEdit", "InputEdit", "OutputEdit", "RowEdit", "Rows"]
 
 Heads = str | Iterable[Head | str] | None
 When = Literal["all", "prompt", "generated"] | Callable[[Step], Tensor]
@@ -100,6 +100,28 @@ class RowEdit(Edit):
     def change(self, weights: Tensor, rows: "Rows") -> Tensor:
         """`[b h r s]` float32 weights of the named heads to the same shape."""
         raise NotImplementedError
+
+
+class ColumnEdit(RowEdit):
+    """Changes rows by what columns received: it is shown all rows of a call before it changes any."""
+
+    def shown(self, call: Call) -> bool:
+        """Whether the rows of this call have been shown, by `fused` or by `begin`, `show` and `end`."""
+        raise NotImplementedError
+
+    def begin(self, call: Call) -> None:
+        """The rows of a call follow, in order, in blocks."""
+
+    def show(self, weights: Tensor, rows: "Rows") -> None:
+        """`[b h r s]` weights of the named heads, as the edits before have left them."""
+        raise NotImplementedError
+
+    def end(self, call: Call) -> None:
+        """All rows have been shown."""
+
+    def fused(self, call: Call) -> Tensor | None:
+        """`[b h t e]` outputs by a way shorter than rows, asked for where no other edit names these heads; or None."""
+        return None
 
 
 @dataclass

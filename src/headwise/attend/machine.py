@@ -3,7 +3,7 @@
 Heads that no edit names go to the plain implementation. The named heads are sorted into parts with the same edits:
 - only constants on key groups: one fused call with a broadcast key bias;
 - other edits on key groups: split the keys into atoms and the rest, one fused call for the rest, merge by log-masses;
-- edits on rows: rows of weights block by block.
+- edits on rows: rows of weights block by block; an edit that depends on columns is shown all of them first.
 Factors and replacements of outputs come last.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from headwise.attend.call import Call
-from headwise.attend.edit import Edit, GroupEdit, InputEdit, OutputEdit, RowEdit, Rows
+from headwise.attend.edit import ColumnEdit, Edit, GroupEdit, InputEdit, OutputEdit, RowEdit, Rows
 from headwise.attend.merge import key_bias, regroup_rows, split_and_merge
 from headwise.attend.read import Probe, Reading
 from headwise.ops.softmax import log_sum_exp
@@ -59,6 +59,10 @@ class Part:
 
     def run(self) -> Tensor:
         """`[b t n e]` outputs of the part's heads."""
+        if len(self.edits) == 1 and isinstance(self.edits[0], ColumnEdit):
+            out = self.edits[0].fused(self.call)
+            if out is not None:
+                return out.transpose(1, 2)
         if any(isinstance(edit, RowEdit) for edit in self.edits):
             blocks = []
             for index in _blocks(self.call.q.shape[2]):
@@ -78,8 +82,23 @@ class Part:
 
     def weights(self, index: slice | Tensor, columns: int | None = None) -> Tensor:
         """`[b n r s]` the final weights of some rows."""
+        for number, edit in enumerate(self.edits):
+            if isinstance(edit, ColumnEdit) and not edit.shown(self.call):
+                self._show(edit, number)
+        return self._rows(index, columns, len(self.edits))[0]
+
+    def _show(self, edit: ColumnEdit, number: int) -> None:
+        """Show all rows to an edit, as the edits before it leave them."""
+        edit.begin(self.call)
+        for index in _blocks(self.call.q.shape[2]):
+            weights, sink = self._rows(index, None, number)
+            edit.show(weights, Rows(self.call, index, None, self.named[id(edit)], sink))
+        edit.end(self.call)
+
+    def _rows(self, index: slice | Tensor, columns: int | None, count: int) -> tuple[Tensor, Tensor | None]:
+        """Rows and their sink column after the first edits."""
         weights, sink = rows_and_sink(self.call, index, columns)
-        for edit in self.edits:
+        for edit in self.edits[:count]:
             new, new_sink = weights, sink
             if isinstance(edit, GroupEdit):
                 new, new_sink = regroup_rows(self.call, edit, weights, sink)
@@ -89,7 +108,7 @@ class Part:
             weights = _where(edit, self.call, index, new, weights)
             if sink is not None and new_sink is not None:
                 sink = _where(edit, self.call, index, new_sink, sink)
-        return weights
+        return weights, sink
 
 
 def attend(

@@ -1,5 +1,6 @@
 """Filling in a `Step` at every forward, from hooks on the model and on its stacks of layers."""
 
+import contextlib
 import inspect
 import weakref
 from collections.abc import Callable
@@ -14,6 +15,7 @@ __all__ = ["CACHE_NAMES", "StepTracker", "find_stacks"]
 
 CACHE_NAMES = ("cache", "past_key_values")
 """The argument that holds the cache, and the field of a model's output: renamed in transformers 5.24."""
+CARRIED = "_headwise_carried"
 
 
 def find_stacks(model: nn.Module, places: dict[nn.Module, tuple[str, int]]) -> dict[str, nn.Module]:
@@ -73,6 +75,7 @@ class StepTracker:
         same_cache = cache is not None and self.cache() is cache
         self.cache = weakref.ref(cache) if cache is not None else lambda: None
         self.step = self._extend(ids, real, past, same_cache)
+        self.step.carried = _carried(cache, past)
         self.step.wants_weights = bool(given.get("output_attentions") or outer.get("output_attentions"))
         return self.step
 
@@ -100,6 +103,16 @@ class StepTracker:
         if self.image_token is not None:
             step.images = (step.ids == self.image_token) & step.prompt
         return step
+
+
+def _carried(cache: Any, past: int) -> dict:
+    """What edits keep with a cache: a copy of the cache has a copy of it, an emptied one starts anew."""
+    kept = getattr(cache, CARRIED, None)
+    if cache is None or not isinstance(kept, dict) or past == 0:
+        kept = {}
+        with contextlib.suppress(AttributeError, TypeError):  # None, and caches that take no attributes
+            setattr(cache, CARRIED, kept)
+    return kept
 
 
 def _real(mask: Any, outer: Any, batch: int, total: int) -> Tensor | None:
