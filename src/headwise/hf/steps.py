@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -79,6 +79,14 @@ class StepTracker:
         self.step.wants_weights = bool(given.get("output_attentions") or outer.get("output_attentions"))
         return self.step
 
+    def end(self, output: Any) -> None:
+        """Lay what edits keep with the cache that a model has made for itself."""
+        if self.step is None or not isinstance(output, Mapping):
+            return
+        cache = next((output[name] for name in CACHE_NAMES if output.get(name) is not None), None)
+        if cache is not None and getattr(cache, CARRIED, None) is None:
+            _lay(cache, self.step.carried)
+
     def _extend(self, ids: Tensor, real: Tensor | None, past: int, same_cache: bool) -> Step:
         batch, length = ids.shape
         old = self.step
@@ -108,11 +116,16 @@ class StepTracker:
 def _carried(cache: Any, past: int) -> dict:
     """What edits keep with a cache: a copy of the cache has a copy of it, an emptied one starts anew."""
     kept = getattr(cache, CARRIED, None)
-    if cache is None or not isinstance(kept, dict) or past == 0:
+    if not isinstance(kept, dict) or past == 0:
         kept = {}
-        with contextlib.suppress(AttributeError, TypeError):  # None, and caches that take no attributes
-            setattr(cache, CARRIED, kept)
+        if cache is not None:
+            _lay(cache, kept)
     return kept
+
+
+def _lay(cache: Any, kept: dict) -> None:
+    with contextlib.suppress(AttributeError, TypeError):  # a cache that takes no attributes
+        setattr(cache, CARRIED, kept)
 
 
 def _real(mask: Any, outer: Any, batch: int, total: int) -> Tensor | None:
