@@ -2,7 +2,6 @@
 
 import inspect
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,7 +50,8 @@ class StepTracker:
         self.signature = inspect.signature(stack.forward)
         self.image_token = image_token
         self.step: Step | None = None
-        self.cache: Callable[[], Any] = lambda: None  # a weak reference to the cache of the last forward
+        # One sequence a cache: guidance, for one, goes on with two in turn.
+        self._steps: weakref.WeakKeyDictionary[Any, Step] = weakref.WeakKeyDictionary()
 
     def begin(self, args: tuple, kwargs: dict[str, Any], outer: dict[str, Any]) -> Step | None:
         """The step of a forward with these arguments. outer: those of the whole model, which may hold the ids."""
@@ -70,15 +70,16 @@ class StepTracker:
         cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
         past = int(cache.get_seq_length()) if cache is not None else 0
         real = _real(given.get("attention_mask"), outer.get("attention_mask"), batch, past + length)
-        same_cache = cache is not None and self.cache() is cache
-        self.cache = weakref.ref(cache) if cache is not None else lambda: None
-        self.step = self._extend(ids, real, past, same_cache)
+        same_cache = cache is not None and cache in self._steps
+        before = self._steps[cache] if same_cache else self.step
+        self.step = self._extend(ids, real, past, before, same_cache)
+        if cache is not None:
+            self._steps[cache] = self.step
         self.step.wants_weights = bool(given.get("output_attentions") or outer.get("output_attentions"))
         return self.step
 
-    def _extend(self, ids: Tensor, real: Tensor | None, past: int, same_cache: bool) -> Step:
+    def _extend(self, ids: Tensor, real: Tensor | None, past: int, old: Step | None, same_cache: bool) -> Step:
         batch, length = ids.shape
-        old = self.step
         if same_cache and past and old is not None and past < old.total:
             raise RuntimeError(
                 f"the cache went back from {old.total} to {past} tokens while headwise was active: assisted decoding "
@@ -96,6 +97,7 @@ class StepTracker:
             prompt=torch.cat([before.prompt, prompt], 1),
             past=past,
             length=length,
+            carried=before.carried,
         )
         if self.image_token is not None:
             step.images = (step.ids == self.image_token) & step.prompt
