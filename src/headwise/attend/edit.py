@@ -52,6 +52,14 @@ class Edit:
         """The edits that do the work: an edit by itself, a method the primitives that it is made of."""
         return (self,)
 
+    def attached(self, model: Any, select: Callable[[Heads], list[Head]]) -> tuple["Edit", ...]:
+        """The edits that do the work on one model, asked for when it is steered; `primitives` where they are the same
+        on all models.
+
+        select: the heads of this model that a selection names.
+        """
+        return self.primitives()
+
     def named(
         self, layout: Layout, scores: Callable[[str], Mapping[Head, float | None]] | None = None
     ) -> list[Head]:

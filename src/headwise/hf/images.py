@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from headwise.errors import UnsupportedModel
 from headwise.hf.addresses import unwrap
 
-__all__ = ["image_positions", "without"]
+__all__ = ["image_positions", "image_token", "without"]
 
 IMAGE_TOKEN = ("image_token_id", "image_token_index")
 # What a processor gives beside the text; none of it is aligned with tokens.
@@ -85,7 +85,7 @@ def without(
 
 
 def image_token(model: nn.Module) -> int:
-    """The id of the tokens that stand for a picture. Raises UnsupportedModel for a model without one."""
+    """The id of the token that stands for image features. Raises UnsupportedModel for a model without one."""
     inner = unwrap(model)
     for name in IMAGE_TOKEN:
         token = getattr(inner.config, name, None)
