@@ -228,6 +228,22 @@ class Call:
         memo = {"lse": self.memo["lse"]} if "lse" in self.memo else {}
         return replace(self, mask=keys, causal=True, memo=memo)
 
+    def last_rows(self, count: int) -> "Call":
+        """The same call for its last rows."""
+        t, s = self.q.shape[2], self.k.shape[2]
+        if count == t:
+            return self
+        mask = self.mask
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask[:, :, t - count :]
+        if self.causal and t - count < s - 1:  # otherwise every row sees every key
+            seen = torch.arange(s, device=self.q.device) <= torch.arange(t - count, t, device=self.q.device)[:, None]
+            if mask is None or mask.dtype == torch.bool:
+                mask = seen[None, None] if mask is None else mask & seen
+            else:
+                mask = mask.masked_fill(~seen, -torch.inf)
+        return replace(self, q=self.q[:, :, t - count :], mask=mask, causal=False, memo={})
+
     def take(self, heads: list[int], *, expand: bool = False) -> "Call":
         """The same call for some of its heads (positions in this call).
 

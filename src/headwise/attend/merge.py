@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from headwise.attend.call import Call
-from headwise.attend.edit import GroupEdit
+from headwise.attend.edit import GroupEdit, touched_rows
 from headwise.ops.softmax import log_sum_exp
 
 __all__ = ["key_bias", "merge_sets", "regroup_rows", "split_and_merge"]
@@ -45,7 +45,7 @@ def key_bias(call: Call, edits: Sequence[GroupEdit]) -> Tensor | None:
         constants = edit.constant(call)
         if constants is None or edit.rows(call) is not True:
             return None
-        for group, constant in zip(edit.key_groups(), constants, strict=True):
+        for group, constant in zip(edit.groups(call), constants, strict=True):
             if not bool((constant.abs() <= LARGEST_FOLDED_BIAS).all()):
                 return None
             inside = call.columns(group.members(call.key_step))
@@ -121,19 +121,19 @@ def _reweigh(log_mass: Tensor, inside: Tensor, edits: Sequence[GroupEdit], call:
     mass = safe - total if not every_row else safe
     first = 0
     for edit in edits:
-        count = len(edit.key_groups())
+        count = len(edit.groups(call))
         member = torch.zeros(count, width, dtype=torch.bool, device=log_mass.device)
         member[:, : inside.shape[1]] = inside[first : first + count]
         first += count
         new = edit.reweigh(mass, member, call)
-        rows = True if every_row else edit.rows(call)
+        rows = True if every_row else touched_rows(edit, call)
         mass = torch.where(rows[:, None, :, None], new, mass) if isinstance(rows, Tensor) else new
     return torch.where(blind, -torch.inf, mass)
 
 
 def _atoms(call: Call, edits: Sequence[GroupEdit]) -> tuple[list[Atom], Tensor, Tensor]:
     """Atoms, which groups they belong to `[g, a]`, and the columns `[b, s]` of the rest. Once per forward."""
-    groups = tuple(group for edit in edits for group in edit.key_groups())
+    groups = tuple(group for edit in edits for group in edit.groups(call))
     step, s = call.key_step, call.k.shape[2]
     return step.once(("atoms", groups, s), lambda: _cut(call, groups))
 

@@ -73,7 +73,7 @@ def massive_values(x: Float[Tensor, "... c"], dims: Iterable[int] | None = None)
     """
     work = x.to(torch.promote_types(x.dtype, torch.float32))
     rms = (work.square().mean(-1) + 1e-6).sqrt()
-    chosen = work if dims is None else work[..., _checked("massive_values", dims, x.shape[-1])]
+    chosen = work if dims is None else work[..., check_dims("massive_values", dims, x.shape[-1])]
     return chosen.abs().amax(-1) / rms
 
 
@@ -237,17 +237,18 @@ class _Received(Probe):
         self.found[call.tower, call.layer] = reading.state["received"] / count.clamp_min(1)[:, None]
 
 
-def warn_unreachable(where: str, threshold: float, hidden: int) -> None:
+def warn_unreachable(where: str, threshold: float, hidden: int, name: str = "threshold") -> None:
     """Warn where no token of this hidden size can pass a threshold of phi."""
     if threshold > math.sqrt(hidden):
         warnings.warn(
-            f"{where}: threshold is {threshold:g}, but with a hidden size of {hidden} no token can pass "
+            f"{where}: {name} is {threshold:g}, but with a hidden size of {hidden} no token can pass "
             f"sqrt({hidden}) = {math.sqrt(hidden):.1f}: nothing can be a sink; give a lower threshold",
             stacklevel=3,
         )
 
 
-def _checked(where: str, dims: Iterable[int], hidden: int) -> list[int]:
+def check_dims(where: str, dims: Iterable[int], hidden: int) -> list[int]:
+    """Dimensions as a list. Raises ValueError for none, and for those that the hidden size does not have."""
     chosen = [int(dim) for dim in dims]
     wrong = [dim for dim in chosen if not 0 <= dim < hidden]
     if wrong or not chosen:

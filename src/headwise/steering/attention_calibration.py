@@ -11,7 +11,6 @@ received is kept with the cache, so that a generated token is judged by all rows
 Paper: headwise/papers/attention_calibration.py (Yu et al., ICML 2024).
 """
 
-import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +29,6 @@ from headwise.attend.step import Step
 
 __all__ = ["AttentionCalibration", "calibrate_sinks", "calibration_bias"]
 
-_serials = itertools.count()
 
 
 def calibration_bias(
@@ -122,7 +120,6 @@ class AttentionCalibration(ColumnEdit):
         if self.statistics not in ("prompt", "running"):
             raise ValueError(f"AttentionCalibration: statistics is {self.statistics!r}; choose prompt or running")
         self.limit = sink_limit("AttentionCalibration", self.threshold, self.relative)
-        self._serial = next(_serials)
         self._mass = ScaleGroup(first_token(), self.beta)  # its arithmetic, of other keys
 
     @staticmethod
@@ -142,11 +139,11 @@ class AttentionCalibration(ColumnEdit):
     # How a call is judged
 
     def shown(self, call: Call) -> bool:
-        found = call.memo.get(self._key)
+        found = call.memo.get(("received", self.serial))
         return found is not None and found.whole
 
     def begin(self, call: Call) -> None:
-        place = ("received", self._serial, call.tower, call.layer)
+        place = ("received", self.serial, call.tower, call.layer)
         memory = call.step.carried.setdefault(place, ColumnMemory())
         before = memory.before(call)
         by_head = call.mask is not None and call.mask.shape[1] > 1
@@ -155,7 +152,7 @@ class AttentionCalibration(ColumnEdit):
         eligible = call.real_columns
         if call.key_step.real.shape[0] == call.k.shape[0]:
             eligible = eligible & ~call.columns(first)
-        call.memo[self._key] = _Columns(memory, Received(before.sums.clone(), counts.clone()), eligible)
+        call.memo["received", self.serial] = _Columns(memory, Received(before.sums.clone(), counts.clone()), eligible)
 
     def show(self, weights: Tensor, rows: Rows) -> None:
         columns = _columns_of(self, rows.call)
@@ -248,13 +245,9 @@ class AttentionCalibration(ColumnEdit):
             self.end(call)
         return torch.cat(outs, 2).to(call.q.dtype) if outs else call.attend()[0]
 
-    @property
-    def _key(self) -> tuple[str, int]:
-        return ("received", self._serial)
-
 
 def _columns_of(edit: AttentionCalibration, call: Call) -> _Columns:
-    return call.memo[edit._key]
+    return call.memo["received", edit.serial]
 
 
 def _above(mean: Tensor, limit: float | Tensor, eligible: Tensor) -> Tensor:
