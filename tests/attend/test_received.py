@@ -1,8 +1,6 @@
 """What columns receive: the definition, and what a cache keeps of it."""
 
 import copy
-from typing import Any
-
 import pytest
 import torch
 from tests.contracts.models_under_test import left_padded, text, tiny_llama
@@ -83,7 +81,7 @@ def test_a_call_is_counted_without_its_map(kind):
         step=Step(torch.zeros(b, s).long(), real, real, 0, t),
     )  # fmt: skip
     shown = torch.ones(b, h, t, s, dtype=torch.bool) if kind == "bidirectional" else seen.expand(b, h, t, s)
-    shown = masks["window"].expand(b, h, t, s) if kind == "window" else shown
+    shown = {"window": masks["window"], "by head": seen[1:]}.get(kind, shown).expand(b, h, t, s)
     scores = call.q.double() @ call.k.double().repeat_interleave(2, 1).mT
     scores = scores + (masks["by head"] if kind == "by head" else 0)
     weights = scores.masked_fill(~shown, -torch.inf).softmax(-1).nan_to_num(0.0) * real[:, None, :, None]
@@ -149,10 +147,6 @@ def test_rows_that_moved_are_known_by_their_keys():
 
 
 # Through a model
-
-
-def padded_maps(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    return attention_maps(model, batch)
 
 
 def test_received_attention_is_the_mean_of_a_models_columns():

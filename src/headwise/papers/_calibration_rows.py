@@ -14,21 +14,22 @@ from headwise.attend.addresses import Head
 from headwise.attend.edit import Edit
 from headwise.attend.edits import ForceRows, ScaleGroup
 from headwise.attend.groups import positions
+from headwise.attend.probes import HeadOutputs
 from headwise.attend.received import mean_received
 from headwise.heads.sinks import received_attention
 from headwise.hf.addresses import layout
 from headwise.hf.maps import attention_maps
-from headwise.hf.session import steer
-from headwise.papers._calibration_setup import BETA, SEEN_BY, THRESHOLD, Task, act, share_right
+from headwise.hf.session import probe, steer
+from headwise.papers._calibration_setup import BETA, RELATIVE, SEEN_BY, THRESHOLD, Task, act
 from headwise.papers.running import Run
-from headwise.papers.statistics import bootstrap_interval, holm, mean, sign_flip_test
+from headwise.papers.statistics import bootstrap_interval, holm, mean, paired_bootstrap_interval, sign_flip_test
 from headwise.papers.verdicts import Measured
 from headwise.specimens.registry import load_specimen
 from headwise.steering.attention_calibration import AttentionCalibration, calibrate_sinks
 from headwise.steering.search import HeadSearch, changes, search_heads
 from headwise.tasks.prompted import PromptBatch
 
-SHUFFLED = 16  # texts whose rows are shuffled, for the control
+SHUFFLED = 32  # texts whose rows are shuffled, for the control
 DRAWS = 20
 LEAST = 0.001  # of accuracy: what counts as a gain
 WINDOW = 200  # tokens: longer than one block of rows, so that the path of long prompts is tested
@@ -36,7 +37,7 @@ WINDOW = 200  # tokens: longer than one block of rows, so that the path of long 
 
 @dataclass
 class View:
-    """Hidden sinks of a task: `found` `[b l h s]`, True where a head gives a token behind the first more than 0.1."""
+    """Hidden sinks of a task: `found` `[b l h s]`, `real` `[b s]`."""
 
     task: str
     found: Tensor
@@ -47,6 +48,15 @@ class View:
         """`[b]` whether a text holds one, in any head."""
         return self.found.flatten(1).any(1)
 
+    @property
+    def pairs(self) -> Tensor:
+        """`[b]` pairs of a head and one of its sinks in a text."""
+        return self.found.flatten(1).sum(1)
+
+    def __str__(self) -> str:
+        tokens = self.found.any(2).any(1).sum(1).float().mean()
+        return f"{float(tokens):.1f} tokens and {float(self.pairs.float().mean()):.1f} pairs a text"
+
     def along(self, parts: int) -> list[float]:
         """Share of texts with a sink in each part of the text, from its first token to its last."""
         place = (self.real.cumsum(-1) - 1) / (self.real.sum(-1, keepdim=True) - 1)
@@ -56,71 +66,72 @@ class View:
 
 
 def hidden(received: Tensor, real: Tensor) -> Tensor:
-    """Sinks behind the first token, of `[b l h s]` attention received, that enough rows see."""
+    """Sinks behind the first token, of `[b l h s]` attention received: above both thresholds, and seen by many rows."""
     left = real.flip(-1).cumsum(-1).flip(-1)  # real tokens from each on
     later = real & (real.cumsum(-1) > 1) & (left >= SEEN_BY)
-    return (received > THRESHOLD) & later[:, None, None]
+    limit = (RELATIVE / real.sum(-1)).clamp_min(THRESHOLD)
+    return (received > limit[:, None, None, None]) & later[:, None, None]
+
+
+def _given(task: Task) -> dict[str, Any]:
+    return {name: value for name, value in task.inputs(task.held_out).items() if name != "logits_to_keep"}
 
 
 def view(task: Task) -> View:
-    given = {name: value for name, value in task.inputs(task.held_out).items() if name not in ("logits_to_keep",)}
-    received = received_attention(task.model, given)
+    received = received_attention(task.model, _given(task))
     return View(task.name, hidden(received, task.held_out.real), task.held_out.real)
 
 
-def shuffled(task: Task, seed: int) -> float:
-    """Share of texts with hidden sinks once the weights of every row lie on random keys of that row."""
-    batch = task.held_out.part(slice(SHUFFLED))
-    given = {name: value[:SHUFFLED] if isinstance(value, Tensor) else value
-             for name, value in task.inputs(task.held_out).items() if name != "logits_to_keep"}  # fmt: skip
-    maps = attention_maps(task.model, given)
-    real = batch.real
+def shuffled(task: Task, seed: int) -> Tensor:
+    """`[b]` pairs of head and hidden sink in texts whose rows' weights were put on random keys of the same row."""
+    few = {name: x[:SHUFFLED] if isinstance(x, Tensor) else x for name, x in _given(task).items()}
+    maps = attention_maps(task.model, few)
+    real = task.held_out.real[:SHUFFLED]
     seen = (torch.ones(maps.shape[-2:], dtype=torch.bool).tril() & real[:, None]).expand(len(maps), -1, -1)
     order = torch.rand(maps.shape, generator=torch.Generator().manual_seed(seed)).masked_fill(~seen[:, None], 2.0)
     # The visible weights of a row, first in its order, go to its visible columns, first in order of place.
     drawn = maps.gather(-1, order.argsort(-1))
-    places = (~seen).int().argsort(-1, stable=True)[:, None].expand_as(maps)
+    places = (~seen).int().argsort(dim=-1, stable=True)[:, None].expand_as(maps)
     moved = torch.zeros_like(maps).scatter(-1, places, drawn)
-    return float(hidden(mean_received(moved, real)[:, None], real).flatten(1).any(1).float().mean())
+    return hidden(mean_received(moved, real)[:, None], real).flatten(1).sum(1)
 
 
-KINDS = {"needles": "symbols", "multiple choice": "symbols", "addition": "symbols", "prose": "prose"}
+KINDS = {"needles": "symbols", "prose": "prose", "captions": "pictures", "questions": "pictures"}
 
 
 def later_sinks(run: Run, tasks: Sequence[Task]) -> tuple[Measured, list[View]]:
     views = [view(task) for task in tasks]
-    # A model of one head a layer is no witness for or against: it is printed, but not counted.
-    counted = [(task, one) for task, one in zip(tasks, views, strict=True) if max(layout(task.model).main.heads) > 1]
-    kinds: dict[str, list[tuple[Task, View]]] = {}
-    for task, one in counted:
-        kinds.setdefault(KINDS.get(task.name, "pictures"), []).append((task, one))
-    shares = {kind: torch.cat([one.texts for _, one in group]).float() for kind, group in kinds.items()}
-    chance = {kind: mean([shuffled(task, run.seed) for task, _ in group]) for kind, group in kinds.items()}
-    least = min(kinds, key=lambda kind: float(shares[kind].mean()))
-    margin = min(float(shares[kind].mean()) - max(0.5, chance[kind]) for kind in kinds)
-    low, high = bootstrap_interval(shares[least].tolist(), seed=run.seed)
-    bound = max(0.5, chance[least])
-    heads = {
-        one.task: f"{int(one.found.any(-1).any(0).sum())} of {len(task.heads)} heads, {_where(one)}"
-        for task, one in zip(tasks, views, strict=True)
-    }
+    share: dict[str, float] = {}
+    more: dict[str, tuple[float, float, float]] = {}
+    chance: dict[str, float] = {}
+    for kind in dict.fromkeys(KINDS.values()):
+        group = [(task, one) for task, one in zip(tasks, views, strict=True) if KINDS.get(task.name) == kind]
+        share[kind] = mean([float(one.texts.float().mean()) for _, one in group])
+        random = torch.cat([shuffled(task, run.seed) for task, _ in group]).float()
+        own = torch.cat([one.pairs[:SHUFFLED] for _, one in group]).float()
+        chance[kind] = float(random.mean())
+        low, high = paired_bootstrap_interval(own.tolist(), random.tolist(), seed=run.seed)
+        more[kind] = (low, float((own - random).mean()), high)
+    least = min(more, key=lambda kind: more[kind][1])
+    margin = min(more[least][1], *(value - 0.5 for value in share.values()))
     return Measured(
         measured="texts with a sink behind the first token: "
-        + ", ".join(f"{kind} {float(share.mean()):.2f}" for kind, share in shares.items())
+        + ", ".join(f"{kind} {value:.2f}" for kind, value in share.items())
+        + "; more pairs of head and sink a text than with shuffled rows: "
+        + ", ".join(f"{kind} {at:+.1f} ({low:+.1f} to {high:+.1f})" for kind, (low, at, high) in more.items())
         + "; "
-        + "; ".join(f"{name}: {text}" for name, text in heads.items()),
-        control="rows shuffled among their keys: " + ", ".join(f"{kind} {share:.2f}" for kind, share in chance.items()),
+        + "; ".join(
+            f"{task.name}: {int(one.found.any(-1).any(0).sum())} of {len(task.heads)} heads, {one}"
+            for task, one in zip(tasks, views, strict=True)
+        ),
+        control="rows shuffled among their keys, pairs a text: "
+        + ", ".join(f"{kind} {count:.1f}" for kind, count in chance.items()),
         holds=margin >= 0,
         margin=margin,
-        interval=(min(low - bound, margin), max(high - bound, margin)),
-        values={f"texts, {kind}": float(share.mean()) for kind, share in shares.items()},
+        interval=(min(more[least][0], margin), max(more[least][2], margin)),
+        values={f"texts, {kind}": value for kind, value in share.items()}
+        | {f"pairs beyond chance, {kind}": at for kind, (_, at, _) in more.items()},
     ), views
-
-
-def _where(one: View) -> str:
-    count = one.found.flatten(1).sum(1).float().mean()
-    tokens = one.found.any(2).any(1).sum(1).float().mean()
-    return f"{tokens:.1f} tokens and {count:.1f} pairs of head and token a text"
 
 
 def sinks_hurt(run: Run, tasks: Sequence[Task]) -> tuple[Measured, dict[str, dict[Head, Tensor]]]:
@@ -157,8 +168,7 @@ def sinks_hurt(run: Run, tasks: Sequence[Task]) -> tuple[Measured, dict[str, dic
 def _random_tokens(task: Task, seed: int) -> dict[Head, Edit]:
     """For every head with sinks, the same factor on as many tokens of each text, drawn from those behind the first."""
     real = task.held_out.real
-    given = {name: value for name, value in task.inputs(task.held_out).items() if name != "logits_to_keep"}
-    count = hidden(received_attention(task.model, given), real).sum(-1)
+    count = hidden(received_attention(task.model, _given(task)), real).sum(-1)
     free = real & (real.cumsum(-1) > 1) & ~task.held_out.asked
     generator = torch.Generator().manual_seed(seed)
     found: dict[Head, Edit] = {}
@@ -199,7 +209,7 @@ def adaptive(run: Run, tasks: Sequence[Task], views: Sequence[View]) -> Measured
     for task in tasks:
         before = [parameter.clone() for parameter in task.model.parameters()]
         with torch.no_grad(), steer(task.model, act()):
-            task.model(**task.inputs(task.held_out.part(slice(0, 8)) if task.pictures is None else task.held_out))
+            task.model(**task.inputs(task.held_out))
         changed += sum(
             not torch.equal(a, b) for a, b in zip(before, task.model.parameters(), strict=True)
         )
@@ -223,8 +233,8 @@ def improves(run: Run, tasks: Sequence[Task]) -> tuple[Measured, dict[str, HeadS
         found[task.name] = search_heads(
             task.model,
             act,
-            task.score(task.calibration, share_right),
-            task.score(task.held_out, share_right),
+            task.accuracy(task.calibration),
+            task.accuracy(task.held_out),
             candidates=task.heads,
             draws=DRAWS,
             seed=run.seed,
@@ -267,21 +277,28 @@ def forms(ids: Tensor) -> Measured:
             formed = calibrate_sinks(own, _sinks(own, statistics), BETA)
             sums = max(sums, float((formed.sum(-1) - 1).abs().max()))
             outs = [
-                _logits(model, ids, edit)
+                _outputs(model, ids, layer, edit)
                 for edit in (act(f"{layer}.*", statistics=statistics), ForceRows(formed, heads=f"{layer}.*"))
             ]
-            worst = max(worst, float((outs[0] - outs[1]).norm(dim=-1).max() / outs[1].norm(dim=-1).min()))
+            worst = max(worst, float((outs[0] - outs[1]).norm(dim=-1).max() / outs[1].norm(dim=-1).mean()))
         apart[statistics] = worst
     same = torch.equal(_logits(plain, ids, AttentionCalibration(beta=1.0)), _logits(plain, ids))
     error = max(apart.values())
     return Measured(
         measured=(
-            f"logits differ by {error:.1e} relative ({', '.join(f'{n} {e:.1e}' for n, e in apart.items())}); rows sum to "
+            f"head outputs differ by {error:.1e} relative ({', '.join(f'{n} {e:.1e}' for n, e in apart.items())}); rows sum to "
             f"1 within {sums:.1e}; beta 1 is {'' if same else 'not '}bit-identical"
         ),
         holds=error < 1e-5 and same and sums < 1e-6,
         values={"largest relative difference": error},
     )
+
+
+def _outputs(model: nn.Module, ids: Tensor, layer: int, edit: Edit) -> Tensor:
+    """`[b t h e]` of a layer's heads under an edit."""
+    with torch.no_grad(), steer(model, edit), probe(model, read := HeadOutputs()):
+        model(input_ids=ids)
+    return read.values["", layer]
 
 
 def _sinks(weights: Tensor, statistics: str) -> Tensor:
