@@ -225,17 +225,17 @@ def test_a_long_prompt_in_single_precision(statistics, grouped):
     h, t, d = 4, 300, 16
     q, k, v = torch.randn(1, h, t, d), torch.randn(1, h // grouped, t, d), torch.randn(1, h // grouped, t, d)
     q[..., -1] = 1
-    k[..., ::37, -1] = torch.tensor([14.0, 40.0, 20.0, 16.0, 60.0, 12.0, 25.0, 18.0, 15.0])
+    k[..., ::37, -1] = torch.tensor([14.0, 20.0, 22.0, 16.0, 24.0, 12.0, 21.0, 18.0, 15.0])
     call = Call(q, k, v, causal=True, scale=0.25)
-    edit = AttentionCalibration(threshold=0.05, statistics=statistics)
+    edit = AttentionCalibration(threshold=0.02, statistics=statistics)
     found = attend(call, [BoundEdit(edit, {("", 0): [0, 2, 3]})])
     weights = plain_weights(call, q.double(), k.double())
     expected = weights.clone()
     if statistics == "prompt":
-        sinks = (mean_received(weights) > 0.05)[:, :, None].expand_as(weights)
+        sinks = (mean_received(weights) > 0.02)[:, :, None].expand_as(weights)
     else:
         counts = torch.ones(t, t, dtype=torch.float64).tril().cumsum(0)
-        sinks = weights.cumsum(2) / counts.clamp_min(1) > 0.05
+        sinks = weights.cumsum(2) / counts.clamp_min(1) > 0.02
     sinks = sinks & (torch.arange(t) > 0)
     assert 3 < sinks[0, 0].sum(-1)[-1] < 60
     expected[:, [0, 2, 3]] = calibrate_sinks(weights, sinks)[:, [0, 2, 3]]
@@ -559,7 +559,7 @@ def test_checkpointed_layers_are_counted_once(model):
     for checkpointing in (False, True):
         model.zero_grad()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
             model.train()
         with steer(model, act("running")):
             model(input_ids=ids).logits.square().mean().backward()
@@ -573,7 +573,7 @@ def test_a_cache_that_went_back_is_refused(model):
         out = model(input_ids=ids, use_cache=True)
         cache = cache_of(out)
         model(input_ids=ids[:, :1], **with_cache(model, cache))
-        cache.crop(5)
+        cache.crop(-4)
         with pytest.raises(RuntimeError, match="the cache went back"):
             model(input_ids=ids[:, :1], **with_cache(model, cache))
 

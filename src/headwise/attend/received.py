@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headwise.attend.call import Call
 from headwise.attend.read import Reading
-from headwise.ops.masks import visible
+from headwise.ops.masks import hide_exactly, visible
 
 __all__ = ["ColumnMemory", "Received", "column_sums", "mean_received", "rows_that_see", "sink_limit"]
 
@@ -36,6 +36,8 @@ class Received:
     def take(self, rows: Tensor | None = None, heads: list[int] | None = None) -> "Received":
         """The same of other rows of the batch, of some of the heads."""
         found = []
+        if rows is None and heads is None:
+            return self
         for x in (self.sums, self.counts):
             x = x if rows is None else x.index_select(0, rows)
             found.append(x if heads is None or x.shape[1] == 1 else x[:, heads])
@@ -107,17 +109,18 @@ def rows_that_see(call: Call) -> Float[Tensor, "b _ s"]:
 
 def _rows_that_see(call: Call) -> Tensor:
     t, s, real = call.q.shape[2], call.k.shape[2], call.real_rows.to(call.work_dtype)
-    if call.mask is None or call.mask.shape[2] == 1:  # columns are hidden from all rows alike
+    mask = None if call.mask is None else hide_exactly(call.mask)
+    if mask is None or mask.shape[2] == 1:  # columns are hidden from all rows alike
         if call.causal:  # column j is seen from row j on
             counts = torch.nn.functional.pad(real.flip(-1).cumsum(-1).flip(-1), (0, max(0, s - t)))[:, :s]
         else:
             counts = real.sum(-1, keepdim=True).expand(-1, s)
-        seen = visible(call.mask, False, t, s, real.device)
+        seen = visible(mask, False, t, s, real.device)
         return counts[:, None] if seen is None else counts[:, None] * seen[:, :, 0]
     total = None
     for start in range(0, t, ROWS):
         rows = slice(start, min(t, start + ROWS))
-        seen = visible(call.mask, call.causal, t, s, real.device, rows=rows)
+        seen = visible(mask, call.causal, t, s, real.device, rows=rows)
         assert seen is not None  # there is a mask
         part = (real[:, None, None, rows] @ seen.to(real.dtype))[:, :, 0]
         total = part if total is None else total + part
@@ -142,7 +145,10 @@ class ColumnMemory:
     order: Tensor | None = None  # the rows of the forward before that those of the latest continue; None: the same
 
     def before(self, call: Call) -> Received:
-        """What the columns of a call had received before it. Raises RuntimeError where the cache went back."""
+        """What the columns of a call had received before it, in memory of its own.
+
+        Raises RuntimeError where the cache went back.
+        """
         past, again = call.step.past, self.total > call.step.past
         if again and past != self.past:
             raise RuntimeError(
@@ -157,7 +163,7 @@ class ColumnMemory:
         b, h, s = *call.q.shape[:2], call.k.shape[2]
         if found is None:
             zero = torch.zeros(b, h, s, dtype=call.work_dtype, device=call.q.device)
-            return Received(zero, zero[:, :1])
+            return Received(zero, zero[:, :1].clone())
         return Received(*(_to_columns(x, call) for x in (found.sums, found.counts)))
 
     def keep(self, call: Call, received: Received) -> None:
@@ -213,11 +219,14 @@ def _continued(new: Tensor, old: Tensor) -> Tensor | None:
 
 
 def _to_columns(x: Tensor, call: Call) -> Tensor:
-    """From absolute positions to the columns of a call."""
+    """From absolute positions to the columns of a call, in memory of its own."""
     part = x[..., call.key_offset :][..., : call.k.shape[2]]
-    return torch.nn.functional.pad(part, (0, call.k.shape[2] - part.shape[-1]))
+    missing = call.k.shape[2] - part.shape[-1]
+    return torch.nn.functional.pad(part, (0, missing)) if missing else part.clone()
 
 
 def _to_positions(x: Tensor, call: Call) -> Tensor:
     """From the columns of a call to absolute positions; what has left a sliding cache is 0 and never asked for."""
-    return torch.nn.functional.pad(x, (call.key_offset, 0))[..., : call.key_step.total]
+    if call.key_offset:
+        x = torch.nn.functional.pad(x, (call.key_offset, 0))
+    return x[..., : call.key_step.total]

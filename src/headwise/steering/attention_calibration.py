@@ -146,13 +146,10 @@ class AttentionCalibration(ColumnEdit):
         place = ("received", self.serial, call.tower, call.layer)
         memory = call.step.carried.setdefault(place, ColumnMemory())
         before = memory.before(call)
-        by_head = call.mask is not None and call.mask.shape[1] > 1
-        counts = before.counts.expand_as(before.sums) if by_head else before.counts
-        first = torch.nn.functional.one_hot(call.key_step.first, call.key_step.total).bool()
-        eligible = call.real_columns
-        if call.key_step.real.shape[0] == call.k.shape[0]:
-            eligible = eligible & ~call.columns(first)
-        call.memo["received", self.serial] = _Columns(memory, Received(before.sums.clone(), counts.clone()), eligible)
+        if call.mask is not None and call.mask.shape[1] > 1:  # heads see different keys
+            before.counts = before.counts.expand_as(before.sums).clone()
+        eligible = call.key_step.once(("behind the first", call.k.shape), lambda: _behind_the_first(call))
+        call.memo["received", self.serial] = _Columns(memory, before, eligible)
 
     def show(self, weights: Tensor, rows: Rows) -> None:
         columns = _columns_of(self, rows.call)
@@ -248,6 +245,15 @@ class AttentionCalibration(ColumnEdit):
 
 def _columns_of(edit: AttentionCalibration, call: Call) -> _Columns:
     return call.memo["received", edit.serial]
+
+
+def _behind_the_first(call: Call) -> Tensor:
+    """`[b s]` real keys other than the first of their sequence."""
+    real, step = call.real_columns, call.key_step
+    if step.real.shape[0] != call.k.shape[0]:
+        return real
+    first = torch.arange(step.total, device=real.device) == step.first[:, None]
+    return real & ~call.columns(first)
 
 
 def _above(mean: Tensor, limit: float | Tensor, eligible: Tensor) -> Tensor:
