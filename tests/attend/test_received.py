@@ -1,6 +1,7 @@
 """What columns receive: the definition, and what a cache keeps of it."""
 
 import copy
+
 import pytest
 import torch
 from tests.contracts.models_under_test import left_padded, text, tiny_llama

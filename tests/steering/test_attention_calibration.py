@@ -10,19 +10,22 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tests.attend.defined_edits import first_real, plain_weights, place, visible
+from tests.attend.defined_edits import first_real, place, plain_weights, visible
 from tests.attend.materialised import repeat
 from tests.attend.test_edits_reference import KINDS, calls
 from tests.contracts.models_under_test import HEADS, LAYERS, left_padded, text, tiny_llama
 from torch import Tensor
 
+from headwise._edits import make_edit
 from headwise.attend.addresses import Head
 from headwise.attend.call import Call
-from headwise.attend.edits import Ablate, BiasGroup, EditRows, ScaleHeads
+from headwise.attend.edits import BiasGroup, EditRows, ScaleHeads
 from headwise.attend.groups import first_token
 from headwise.attend.machine import BoundEdit, attend
 from headwise.attend.probes import make_probe
 from headwise.attend.received import mean_received
+from headwise.attend.saving import load_edits, save_edits
+from headwise.errors import InputError
 from headwise.hf.inputs import cache_of, with_cache
 from headwise.hf.maps import attention_maps
 from headwise.hf.session import probe, steer
@@ -576,6 +579,20 @@ def test_a_cache_that_went_back_is_refused(model):
         cache.crop(-4)
         with pytest.raises(RuntimeError, match="the cache went back"):
             model(input_ids=ids[:, :1], **with_cache(model, cache))
+
+
+# By name
+
+
+def test_it_is_made_from_text_and_saved(tmp_path: Path):
+    made = make_edit("attention-calibration:beta=0.2,relative=yes,threshold=4,statistics=running,heads=1.2", {})
+    assert isinstance(made, AttentionCalibration)
+    assert (made.beta, made.limit, made.statistics, made.heads) == (0.2, 4.0, "running", "1.2")
+    save_edits([made, act()], str(tmp_path / "edits.json"))
+    read = load_edits(str(tmp_path / "edits.json"), {"AttentionCalibration": AttentionCalibration})
+    assert read == [made, act()]
+    with pytest.raises(InputError, match="beta is 3.0; it must lie between 0"):
+        make_edit("attention-calibration:beta=3", {})
 
 
 # Refusals

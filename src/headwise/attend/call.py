@@ -136,8 +136,8 @@ class Call:
     def scores(self, rows: slice | Tensor, columns: Tensor | int | None = None) -> Tensor:
         """`[b h r s]` scores of rows, as the softmax sees them: scaled, soft-capped, biased, -inf where masked.
 
-        rows: a slice or indices. columns: `[b, g]` or `[b, h, g]` indices (then the scores are `[b h r g]`), or a number
-        n for the first n columns.
+        rows: a slice or indices. columns: `[b, g]` or `[b, h, g]` indices (then the scores are `[b h r g]`), or a
+        number n for the first n columns.
         """
         b, h, _, d = self.q.shape
         keys = self.keys

@@ -188,7 +188,9 @@ def _kinds(changed: Sequence[Tensor], seed: int) -> tuple[int, int]:
 
     def p(change: Tensor, side: Any) -> float:
         numbers = change.double().numpy()
-        return 1.0 if not numbers.any() else sign_flip_test(numbers, np.zeros(len(numbers)), alternative=side, seed=seed)
+        return (
+            1.0 if not numbers.any() else sign_flip_test(numbers, np.zeros(len(numbers)), alternative=side, seed=seed)
+        )
 
     adjusted = holm([*(p(change, "less") for change in changed), *(p(change, "greater") for change in changed)])
     below, above = adjusted[: len(changed)], adjusted[len(changed) :]
@@ -210,14 +212,12 @@ def adaptive(run: Run, tasks: Sequence[Task], views: Sequence[View]) -> Measured
         before = [parameter.clone() for parameter in task.model.parameters()]
         with torch.no_grad(), steer(task.model, act()):
             task.model(**task.inputs(task.held_out))
-        changed += sum(
-            not torch.equal(a, b) for a, b in zip(before, task.model.parameters(), strict=True)
-        )
+        changed += sum(not torch.equal(a, b) for a, b in zip(before, task.model.parameters(), strict=True))
     again = max(float((view(task).found != one.found).any()) for task, one in zip(tasks, views, strict=True))
     margin = min(differ.values(), default=0.0) - 0.5
     return Measured(
         measured="pairs of texts with other sinks: "
-        + ", ".join(f"{name} {share:.2f} ({numbers[name]} sets in 64 texts)" for name, share in differ.items())
+        + ", ".join(f"{name} {share:.2f} ({numbers[name]} sets)" for name, share in differ.items())
         + f"; {changed} tensors of weights change",
         control=f"the same text twice: {'other' if again else 'the same'} sinks",
         holds=margin >= 0 and not changed and not again,

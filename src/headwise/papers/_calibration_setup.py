@@ -82,7 +82,7 @@ def tasks(run: Run) -> list[Task]:
     count = CALIBRATION + HELD_OUT
     words = symbol_prompts(count, run.seed, needle_size=9, tasks=("needles",))["needles"]
     prose = load_specimen("text")
-    told = prose_prompts(prose.tokenizer, count, run.seed, length=112)
+    told = prose_prompts(prose.tokenizer, count, run.seed, length=64)
     return [
         Task.of("needles", load_specimen("tasks").model, words, whole=True),
         Task.of("prose", prose.model, told, whole=True),

@@ -171,9 +171,7 @@ def _draw(run: Run, views: Sequence[Any], moved: Mapping[str, Mapping[Any, Any]]
             bounds = [2 * float(change.std()) / len(change) ** 0.5 for change in changes]
             ranks = [i / max(1, len(means) - 1) for i in range(len(means))]
             colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-            middle.errorbar(
-                ranks, means, bounds, color=colour, marker=marker, ms=3, lw=0, elinewidth=0.8, label=name
-            )
+            middle.errorbar(ranks, means, bounds, color=colour, marker=marker, ms=3, lw=0, elinewidth=0.8, label=name)
         middle.axhline(0, color="#a9aeb4", linewidth=0.8)
         middle.set_yscale("symlog", linthresh=1e-3)
         middle.set(xlabel="heads of a task, in order", ylabel="change of loss, nats", title="Sinks of one head damped")

@@ -30,7 +30,6 @@ from headwise.attend.step import Step
 __all__ = ["AttentionCalibration", "calibrate_sinks", "calibration_bias"]
 
 
-
 def calibration_bias(
     weights: Float[Tensor, "*b s"], sinks: Bool[Tensor, "*#b s"], beta: float = 0.4
 ) -> Float[Tensor, "*b s"]:
