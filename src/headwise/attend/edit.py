@@ -60,9 +60,7 @@ class Edit:
         """
         return self.primitives()
 
-    def named(
-        self, layout: Layout, scores: Callable[[str], Mapping[Head, float | None]] | None = None
-    ) -> list[Head]:
+    def named(self, layout: Layout, scores: Callable[[str], Mapping[Head, float | None]] | None = None) -> list[Head]:
         """The heads of a model that this edit changes."""
         return select_heads(self.heads, layout, scores=scores)
 

@@ -129,9 +129,7 @@ class _Redistribute(GroupEdit):
     def neutral(self) -> bool:
         return self.of.neutral
 
-    def named(
-        self, layout: Layout, scores: Callable[[str], Mapping[Head, float | None]] | None = None
-    ) -> list[Head]:
+    def named(self, layout: Layout, scores: Callable[[str], Mapping[Head, float | None]] | None = None) -> list[Head]:
         return heads_in_layers(type(self.of).__name__, self.heads, self.of.layers, layout, scores)
 
     def watch(self, model: nn.Module, step: Callable[[], Step | None]) -> Iterable[Callable[[], Any]]:
@@ -163,7 +161,9 @@ class _Redistribute(GroupEdit):
     def _report(self) -> None:
         if not self.looked or self.moved:
             return
-        largest = "" if self.largest is None else f" (the largest of its max |x| / RMS(x) was {float(self.largest):.1f})"
+        largest = (
+            "" if self.largest is None else f" (the largest of its max |x| / RMS(x) was {float(self.largest):.1f})"
+        )
         rule = "is in sinks" if self.of.sinks is not None else f"passes sink_threshold {self.of.sink_threshold:g}"
         warnings.warn(
             f"VisualAttentionRedistribution: no image token {rule}{largest}, so attention was left as it is",
