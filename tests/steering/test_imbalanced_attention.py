@@ -208,7 +208,7 @@ def test_only_two_rows_of_the_tower_are_formed():
 
 
 def rule_of(inputs: dict[str, Tensor], edit: ImbalancedAttention, sets: list[Tensor], rows: Tensor) -> Any:
-    """log w is z up to the row's normaliser, so z is rebuilt from q and k by the caller: here weights get exp(s |z|)."""
+    """Weights of some rows get exp(s |z|) and are divided by their sum; the caller rebuilds scores z `[b h t s]`."""
 
     def rule(layer: int, weights: Tensor, z: Tensor) -> Tensor:
         if layer not in range(8)[edit.layers]:
@@ -481,7 +481,6 @@ def test_guidance_contrasts_with_the_prompt_without_its_picture():
     twin = without(inputs, image_positions(model, inputs), model=model)
     ids, blind = inputs["input_ids"], twin["input_ids"]
     new = made.sequences[:, ids.shape[1] :]
-    # `queries="text"` edits no more than the last row of the prompt would need, so read token by token instead.
     with torch.no_grad(), steer(model, paint()):
         out = model(**inputs, use_cache=True)
         seen = [out.logits[:, -1]]
@@ -491,8 +490,8 @@ def test_guidance_contrasts_with_the_prompt_without_its_picture():
     with torch.no_grad():
         unseen = [model(input_ids=torch.cat([blind, new[:, :t]], 1)).logits[:, -1] for t in range(4)]
     for found, with_, without_ in zip(made.scores, seen, unseen, strict=True):
-        l, l0 = with_.log_softmax(-1), without_.log_softmax(-1)
-        torch.testing.assert_close(found, 1.5 * (l - l0) + l0, atol=2e-5, rtol=1e-4)
+        there, gone = with_.log_softmax(-1), without_.log_softmax(-1)
+        torch.testing.assert_close(found, 1.5 * (there - gone) + gone, atol=2e-5, rtol=1e-4)
 
 
 # Factors of heads
@@ -521,7 +520,7 @@ def test_it_has_a_name_on_the_command_line_and_in_files(tmp_path):
     assert isinstance(edit, ImbalancedAttention)
     assert (edit.local, edit.mode, edit.layers, edit.local_group) == (0.9, "bias", slice(1, None), spans([(2, 4)]))
     assert make_edit("image-token-boost:alpha=0.2", {}) == ImageTokenBoost(0.2)
-    with pytest.raises(InputError, match="local is -1.0; it must be 0 or more"):
+    with pytest.raises(InputError, match=r"local is -1.0; it must be 0 or more"):
         make_edit("imbalanced-attention:local=-1", {})
     path = str(tmp_path / "edits.json")
     scaled = paint(head_scale=torch.tensor([[0.5, 1.0]]))
@@ -549,7 +548,7 @@ def test_what_is_refused():
         outlier_tokens(torch.rand(3))
     with pytest.raises(ValueError, match="head_scale of shape"):
         paint(head_scale=torch.ones(4))
-    with pytest.raises(ValueError, match="alpha is -1.0 and beta 0.3"):
+    with pytest.raises(ValueError, match=r"alpha is -1.0 and beta 0.3"):
         boost_scores(torch.zeros(1, 1, 1, 2), *torch.zeros(2, 1, 2).bool().unbind(0), alpha=-1.0)
     model, inputs = build("llava"), batch("llava", "bwPwww")
     with pytest.raises(ValueError, match=r"layers is slice\(2, None, None\), which leaves none"):
@@ -558,7 +557,7 @@ def test_what_is_refused():
         steered(model, paint(local_layer=3))
     with pytest.raises(ValueError, match=r"head_scale is \[2, 3\], the model has \[2, 4\]"):
         steered(model, paint(head_scale=torch.ones(2, 3)))
-    with pytest.raises(ValueError, match="rule is 'cls', but the vision tower of Qwen2VL.* has no CLS token"):
+    with pytest.raises(ValueError, match=r"rule is 'cls', but the vision tower of Qwen2VL.* has no CLS token"):
         steered(build("qwen2_vl"), paint(rule="cls"))
     with pytest.raises(UnsupportedModel, match="attends in windows and reorders its tokens"):
         steered(build("qwen2_5_vl"), paint())
@@ -566,7 +565,7 @@ def test_what_is_refused():
         steered(tiny_llama(), paint())
     with pytest.raises(ValueError, match="informed_tokens: local_ratio is -1"):
         informed_tokens(model, inputs, local_ratio=-1.0)
-    with pytest.raises(ValueError, match="scale is 0.5; it must be 1 or more"):
+    with pytest.raises(ValueError, match=r"scale is 0.5; it must be 1 or more"):
         image_guidance(model, inputs, 0.5)
     with pytest.raises(UnsupportedModel, match="keeps the positions of its last prompt"):
         image_guidance(build("qwen2_vl"), batch("qwen2_vl", "bPw"))

@@ -290,10 +290,12 @@ def test_without_a_sink_it_does_nothing_and_says_so():
     group = positions([0])
     with pytest.warns(UserWarning, match="no image token is in sinks, so attention was left as it is"):
         assert torch.equal(steered(model, var(sinks=group), **inputs), plain)
-    with pytest.warns(UserWarning, match=r"sink_threshold is 20, but with a hidden size of 32 .* sqrt\(32\) = 5.7"):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "VisualAttentionRedistribution: no image token")
-            assert torch.equal(steered(model, VAR(layers=LAYERS), **inputs), plain)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        assert torch.equal(steered(model, VAR(layers=LAYERS), **inputs), plain)
+    assert "sink_threshold is 20, but with a hidden size of 32 no token can pass sqrt(32) = 5.7" in str(
+        heard[0].message
+    )
 
 
 def test_only_text_after_the_image_pays():
@@ -436,7 +438,7 @@ def test_it_has_a_name_on_the_command_line_and_in_files(tmp_path):
     edit = make_edit("visual-attention-redistribution:transfer=0.4,layers=1:-1,sink_dims=3+9,image=spans:1-5", {})
     assert isinstance(edit, VAR)
     assert (edit.transfer, edit.layers, edit.sink_dims, edit.image) == (0.4, slice(1, -1), (3, 9), spans([(1, 6)]))
-    with pytest.raises(InputError, match="transfer is 2.0; it must lie in 0..1"):
+    with pytest.raises(InputError, match=r"transfer is 2.0; it must lie in 0..1"):
         make_edit("visual-attention-redistribution:transfer=2", {})
     with pytest.raises(InputError, match=r"layers is 'two'; expected .*2:-1"):
         make_edit("visual-attention-redistribution:layers=two", {})
@@ -461,7 +463,7 @@ def test_what_is_refused():
         VAR(image=torch.ones(1, 3).bool())
     with pytest.raises(TypeError, match="layers"):
         VAR(layers="2")
-    with pytest.raises(ValueError, match="transfer is 1.5"):
+    with pytest.raises(ValueError, match=r"transfer is 1.5"):
         redistribute_attention(maps(), *masks()[:2], transfer=1.5)
     model = build("llava")
     with pytest.raises(ValueError, match=r"dimension 32 is out of range; the hidden size is 32, so 0 to 31"):
@@ -470,7 +472,7 @@ def test_what_is_refused():
         steered(model, var(layers=[0, 2]))
     with pytest.raises(ValueError, match=r"layers is slice\(2, -1, None\), which leaves none"):
         steered(model, var(layers=slice(2, -1)))
-    with pytest.raises(ValueError, match="heads names vision:0.1; only heads of the text decoder"):
+    with pytest.raises(ValueError, match=r"heads names vision:0.1; only heads of the text decoder"):
         steered(model, var(heads="vision:0.1"))
     with pytest.raises(UnsupportedModel, match="LlamaForCausalLM: its config names no image token"):
         steered(tiny_llama(), var(), input_ids=text())

@@ -230,10 +230,10 @@ def degrades(run: Run, its: Subject, said: Written) -> tuple[Measured, dict[str,
     depth = rank_correlation(list(range(layers)), means["all shapes"])
     return Measured(
         measured=(
-            f"attention on the picture by layer {', '.join(f'{x:.2f}' for x in means['all shapes'])}; it falls from the "
-            f"earlier to the deeper half by {told['fall with depth'][0]} points of a row; in the deeper half right shapes "
-            f"get {told['gap in the deeper half'][0]} points more than wrong ones ({len(gap['deeper'])} captions with "
-            "both)"
+            f"attention on the picture by layer {', '.join(f'{x:.2f}' for x in means['all shapes'])}; it falls from "
+            f"the earlier to the deeper half by {told['fall with depth'][0]} points of a row; in the deeper half right "
+            f"shapes get {told['gap in the deeper half'][0]} points more than wrong ones ({len(gap['deeper'])} captions "
+            "with both)"
         ),
         control=f"the same gap in the earlier half: {early} points; rank correlation with depth {depth:+.2f}",
         holds=told[worst][1] >= 0,
@@ -289,9 +289,9 @@ def selection(run: Run, its: Subject, found: Mapping[str, Scores]) -> Measured:
     return Measured(
         measured=(
             f"{float(its.local.sum(1).float().mean()):.1f} local and {float(its.summary.sum(1).float().mean()):.2f} "
-            f"summary tokens a picture; {100 * float(share.mean()):.1f} % of them are cells with shapes ({where} points "
-            f"above chance); raising them lowers typical successors by {base} points, {told} points more than random "
-            "tokens do"
+            f"summary tokens a picture; {100 * float(share.mean()):.1f} % of them are cells with shapes ({where} "
+            f"points above chance); raising them lowers typical successors by {base} points, {told} points more than "
+            "random tokens do"
         ),
         control=f"random tokens of the same number (three draws); all image tokens lower them by {every} points",
         holds=margin >= 0,
@@ -338,10 +338,10 @@ def grounding(run: Run, its: Subject, found: Mapping[str, Scores], plain: Chair)
     return Measured(
         measured=(
             f"typical successors fall by {told['typical successors'][0]} points, right shapes rise by "
-            f"{told['right shapes'][0]}; ordinary accuracy {shown(kept['ordinary accuracy'] - 0.02, run.seed)[0]}, first "
-            f"shape {shown(kept['first shape'] - 0.02, run.seed)[0]}; written captions: CHAIR_i {100 * plain.chair_i:.1f} "
-            f"to {100 * now.chair_i:.1f} % ({100 * fall:.0f} % less), recall {100 * plain.recall:.1f} to "
-            f"{100 * now.recall:.1f} %, {plain.length:.2f} to {now.length:.2f} words"
+            f"{told['right shapes'][0]}; ordinary accuracy {shown(kept['ordinary accuracy'] - 0.02, run.seed)[0]}, "
+            f"first shape {shown(kept['first shape'] - 0.02, run.seed)[0]}; written captions: CHAIR_i "
+            f"{100 * plain.chair_i:.1f} to {100 * now.chair_i:.1f} % ({100 * fall:.0f} % less), recall "
+            f"{100 * plain.recall:.1f} to {100 * now.recall:.1f} %, {plain.length:.2f} to {now.length:.2f} words"
         ),
         control=f"typical/right, %: {others}",
         holds=told[worst][1] >= 0,
@@ -368,7 +368,9 @@ def neutral(its: Subject) -> Measured:
         with steer(its.model, its.full):
             text = bool(torch.equal(its.model(**words).logits, alone))
     return Measured(
-        measured=f"largest difference {max(same[:2]):.0e}, with factors of 0 {same[2]:.0e}; text alone is the same: {text}",
+        measured=(
+            f"largest difference {max(same[:2]):.0e}, with factors of 0 {same[2]:.0e}; text alone is the same: {text}"
+        ),
         control="the edit itself moves answers (row `grounding`)",
         holds=max(same[:2]) == 0 and same[2] < 1e-4 and text,
         values={"largest difference": max(same[:2])},

@@ -14,8 +14,9 @@ from headwise.attend.edit import Edit
 from headwise.attend.edits import BiasGroup, EditRows, ScaleGroup
 from headwise.attend.groups import positions
 from headwise.heads.masses import group_mass
-from headwise.heads.sinks import find_sinks
+from headwise.heads.sinks import find_sinks, massive_values
 from headwise.hf.session import steer
+from headwise.hf.sites import record
 from headwise.papers._picture_runs import (
     CHUNK,
     Edits,
@@ -43,6 +44,7 @@ PICTURES, WRITTEN = 1024, 64  # unseen pictures; pictures on which the sink is m
 SINKS = (5, 10)  # the cells of the implanted sinks, empty in every picture
 LAYERS = slice(1, None)  # those in which the sink draws attention; the paper's 2 to the last but one would be layer 2
 SHARE = 0.75  # of sqrt(hidden size), which phi cannot exceed: the threshold here, where 20 is out of reach
+HELD = 0.98  # the share of a sink's row that its massive dimension holds behind the projector
 TRANSFER = 0.6
 COST = 0.1  # by how much hiding as many object cells must lower accuracy
 
@@ -69,7 +71,7 @@ def subject(run: Run) -> Subject:
     plain = vision_language_model(run.seed)
     seed = 50_000 + 10 * run.seed
     written = shapes_captions(WRITTEN, sigma=SIGMA, counterfactual=True, empty=SINKS, seed=seed)
-    sunk = implant_visual_sink(plain, caption_inputs(written), cells=SINKS)
+    sunk = implant_visual_sink(plain, caption_inputs(written), cells=SINKS, share=HELD)
     return Subject(
         plain,
         sunk,
@@ -187,7 +189,7 @@ def removable(run: Run, its: Subject, base: Scores) -> Measured:
     hidden = scored(its.sunk, its.counterfactual, _hidden(_sink_cells(n)))
     without = scored(its.sunk, its.counterfactual, _hidden(objects))
     blank = scored(its.sunk, its.counterfactual, _hidden(empty))
-    said, gain, (low, high) = shown(hidden.accuracy - base.accuracy, run.seed)
+    said, gain, (low, _) = shown(hidden.accuracy - base.accuracy, run.seed)
     told, loss, (least, _) = shown(base.accuracy - without.accuracy, run.seed)
     other, _, _ = shown(blank.accuracy - base.accuracy, run.seed)
     mass = _mass(its.sunk, its.counterfactual[:CHUNK], {"sinks": _sink_cells(CHUNK), "others": ~_sink_cells(CHUNK)})
@@ -380,17 +382,19 @@ def definition(its: Subject) -> Measured:
     inputs = caption_inputs(scenes)
     inputs["pixel_values"] = inputs["pixel_values"].double()
     ids = inputs["input_ids"]
-    image, sinks = ids == model.config.image_token_id, at_cells(_sink_cells(len(scenes)), ids)
+    image = ids == model.config.image_token_id
+    sites = [f"residual:{layer}" for layer in range(1, 4)]
 
     def change(weights: Tensor, rows: Any) -> Tensor:
         behind = (rows.positions > 16).expand(len(ids), -1)
+        sinks = massive_values(seen[f"residual:{rows.call.layer}"]) > its.threshold  # as they are in this forward
         return redistribute_attention(weights, sinks, image, transfer=TRANSFER, rows=behind)
 
     with torch.no_grad():
         plain = model(**inputs).logits
         with steer(model, its.var()):
             found = model(**inputs).logits
-        with steer(model, EditRows(change, heads="1-3.*")):
+        with steer(model, EditRows(change, heads="1-3.*")), record(model, sites) as seen:
             expected = model(**inputs).logits
     error = float((found - expected).norm() / expected.norm())
     moved = float((expected - plain).norm() / plain.norm())

@@ -53,8 +53,9 @@ PAPER = Paper(
             ),
             criterion=(
                 "in captions that the model writes, rows that say a shape give less attention to the picture in the "
-                "deeper half of the layers than in the earlier half, and in the deeper half rows that say a wrong shape "
-                "give less than rows of the same caption that say a right one; both 95 % intervals over pictures exclude 0"
+                "deeper half of the layers than in the earlier half, and in the deeper half rows that say a wrong "
+                "shape give less than rows of the same caption that say a right one; both 95 % intervals over pictures "
+                "exclude 0"
             ),
             control="the same gap between right and wrong shapes in the earlier half",
         ),
@@ -80,8 +81,8 @@ PAPER = Paper(
             ),
             criterion=(
                 "local and summary tokens lie on cells with shapes more often than chance (4 of 16), and raising them "
-                "in all heads lowers the share of typical successors on 1,024 counterfactual pictures by 0.02 more than "
-                "raising as many random tokens does; both 95 % intervals exclude 0"
+                "in all heads lowers the share of typical successors on 1,024 counterfactual pictures by 0.02 more "
+                "than raising as many random tokens does; both 95 % intervals exclude 0"
             ),
             control="as many random tokens of the picture (three draws); all image tokens",
         ),
@@ -89,8 +90,8 @@ PAPER = Paper(
             id="modulation",
             kind="claim",
             claim=(
-                "and (2) an attention head-specific modulation strategy that differentially amplifies visual information "
-                "processing based on measured visual sensitivity of individual attention heads."
+                "and (2) an attention head-specific modulation strategy that differentially amplifies visual "
+                "information processing based on measured visual sensitivity of individual attention heads."
             ),
             criterion=(
                 "factors by the sensitivity of heads lower the share of typical successors more than the same factors "
@@ -132,8 +133,8 @@ PAPER = Paper(
             kind="check",
             claim="Nothing is changed at strength 0, and nothing in text alone.",
             criterion=(
-                "logits are the same bit for bit at local = summary = 0 and for a prompt without a picture; with factors "
-                "of 0 they differ by less than 1e-4"
+                "logits are the same bit for bit at local = summary = 0 and for a prompt without a picture; with "
+                "factors of 0 they differ by less than 1e-4"
             ),
             control="the edit itself",
         ),
@@ -148,7 +149,7 @@ PAPER = Paper(
 
 
 def reproduce(run: Run) -> dict[str, Measured]:
-    """Raise the image tokens that the tower singles out, head by head, beside random tokens, all tokens, other heads."""
+    """Raise the image tokens that the tower singles out, head by head, beside random and all tokens and other heads."""
     run.log("choosing tokens and factors of heads")
     its = rows_of.subject(run)
     rows = {"neutral": rows_of.neutral(its), "odds": rows_of.odds(its)}

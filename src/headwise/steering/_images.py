@@ -1,4 +1,4 @@
-"""What edits of attention to pictures share: layers, rows after the picture, and what was found at a prompt's tokens."""
+"""What edits of attention to pictures share: layers, rows after the picture, and what was found in a prompt."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 

@@ -2,8 +2,8 @@
 
     z_k <- z_k + s_h alpha |z_k|  for local k,   z_k <- z_k + s_h beta |z_k|  for summary k,   then softmax
 
-z are the scores as the softmax sees them; s_h is the factor of a head. In the last row of a prompt and in every generated
-token, in layers 2 and up. Local and summary tokens are told by the vision tower (`heads.informed_tokens`).
+z are the scores as the softmax sees them; s_h is the factor of a head. In the last row of a prompt and in every
+generated token, in layers 2 and up. Local and summary tokens are told by the vision tower (`heads.informed_tokens`).
 
 Paper: headwise/papers/imbalanced_attention.py (Arif et al., 2025); PAI (Liu et al., ECCV 2024) is `ImageTokenBoost`.
 """
