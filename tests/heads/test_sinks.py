@@ -129,7 +129,7 @@ def test_what_is_refused_and_what_is_warned_of():
         find_sinks(model, ids, threshold=5.6, layers=[0])
     with pytest.raises(ValueError, match="by is 'largest'; choose from massive, first"):
         find_sinks(model, ids, by="largest")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="threshold is -1.0; it must be above 0"):
+    with pytest.raises(ValueError, match=r"threshold is -1.0; it must be above 0"):
         find_sinks(model, ids, threshold=-1.0)
     with pytest.raises(ValueError, match="the first token is a sink without one"):
         find_sinks(model, ids, by="first", threshold=0.5)

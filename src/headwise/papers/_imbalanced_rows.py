@@ -232,8 +232,8 @@ def degrades(run: Run, its: Subject, said: Written) -> tuple[Measured, dict[str,
         measured=(
             f"attention on the picture by layer {', '.join(f'{x:.2f}' for x in means['all shapes'])}; it falls from "
             f"the earlier to the deeper half by {told['fall with depth'][0]} points of a row; in the deeper half right "
-            f"shapes get {told['gap in the deeper half'][0]} points more than wrong ones ({len(gap['deeper'])} captions "
-            "with both)"
+            f"shapes get {told['gap in the deeper half'][0]} points more than wrong ones ({len(gap['deeper'])} "
+            "captions with both)"
         ),
         control=f"the same gap in the earlier half: {early} points; rank correlation with depth {depth:+.2f}",
         holds=told[worst][1] >= 0,

@@ -32,8 +32,8 @@ PAPER = Paper(
     specimens=("vision-language",),
     changed=(
         "in an implanted sink the massive dimension holds 0.98 of the row's norm instead of 0.9, at which 6 of 1,536 "
-        "sinks fell below the threshold in layers 2 and 3; the check `definition` takes the sinks of its reference from "
-        "the model's states instead of from where they were put"
+        "sinks fell below the threshold in layers 2 and 3; the check `definition` takes the sinks of its reference "
+        "from the model's states instead of from where they were put"
     ),
     claims=(
         Claim(
