@@ -16,6 +16,7 @@ from torch import Tensor
 
 import headwise as hw
 from headwise._edits import make_edit
+from headwise.attend.addresses import Layout
 from headwise.attend.edits import EditRows, ScaleHeads
 from headwise.attend.groups import image_tokens, positions, spans
 from headwise.attend.saving import load_edits, save_edits
@@ -382,6 +383,15 @@ def test_generation_equals_one_forward_over_the_whole_text(name, beams):
             assert full.shape == expected.shape
 
 
+def test_a_static_cache_longer_than_the_text():
+    """Columns of the cache are not positions of the prompt."""
+    model, inputs = build("llava"), batch("llava", "bwPwww", "bPw")
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": [IMAGE]}
+    with steer(model, var()):
+        dynamic = model.generate(**inputs, **options)
+        assert torch.equal(model.generate(**inputs, **options, cache_implementation="static"), dynamic)
+
+
 @pytest.mark.parametrize("cut", [2, 6, 8])
 def test_a_prompt_in_chunks(cut):
     model, inputs = build("llava"), batch("llava", "bwPwwwww", "bwPwwwww")
@@ -408,6 +418,15 @@ def test_generated_tokens_alone():
 
 
 # Finding sinks, names, files
+
+
+def test_the_first_two_layers_and_the_last_are_left_out():
+    """The authors' code means to skip the last layer, and does not."""
+    (edit,) = VAR().primitives()
+    layers = {head.layer for head in edit.named(Layout.of([4] * 6))}
+    assert layers == {2, 3, 4}
+    (named,) = VAR(heads="1.*,3.2,5.0").primitives()
+    assert [str(head) for head in named.named(Layout.of([4] * 6))] == ["3.2"]
 
 
 def test_given_sinks_are_those_found():

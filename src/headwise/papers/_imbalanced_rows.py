@@ -44,6 +44,7 @@ PICTURES, CALIBRATION, PLACEBOS = 1024, 256, 3
 LAYERS = slice(1, None)  # 1 to 3 of 4; the paper's 2 to 31 of 32
 TOWER = {"local_layer": 0, "summary_layer": -1}  # the last layer whose output is used, as the paper's -2 is there
 LOCAL, SUMMARY = 0.7, 0.3
+WORDS_SAID = 8  # tokens of a caption: four shapes, three commas, the end
 LEAD = 0.02  # by how much the informed tokens must beat random ones
 
 
@@ -155,9 +156,10 @@ def written(its: Subject, *edits: Edit) -> Written:
     for _, part in chunks(its.counterfactual):
         inputs = vision_language_inputs(part)
         with torch.no_grad(), steer(its.model, *edits):
-            parts.append(its.model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False))
-    ids = torch.cat(parts)
-    start = inputs["input_ids"].shape[1]
+            made = its.model.generate(**inputs, max_new_tokens=WORDS_SAID, do_sample=False)
+        start = inputs["input_ids"].shape[1]
+        parts.append(torch.nn.functional.pad(made, (0, start + WORDS_SAID - made.shape[1]), value=PAD))
+    ids, start = torch.cat(parts), parts[0].shape[1] - WORDS_SAID
     new = ids[:, start:]
     ended = (new == EOS).cumsum(1) > 0
     texts = [" ".join(WORDS[i] for i in row[~over].tolist() if i != PAD) for row, over in zip(new, ended, strict=True)]

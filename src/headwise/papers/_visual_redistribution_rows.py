@@ -292,7 +292,7 @@ def runs(run: Run, its: Subject) -> dict[str, Scores]:
     return {"no sinks": scored(its.plain, its.counterfactual), **found}
 
 
-def centric(run: Run, its: Subject, found: Mapping[str, Scores]) -> Measured:
+def centric(run: Run, found: Mapping[str, Scores]) -> Measured:
     """Heads that look at the image against random ones and all."""
     gains = {name: found["VAR"].accuracy - found[name].accuracy for name in ("random heads", "all heads")}
     told = {name: shown(gain, run.seed) for name, gain in gains.items()}

@@ -177,7 +177,7 @@ def reproduce(run: Run) -> dict[str, Measured]:
     found = rows_of.runs(run, its)
     run.log("hiding cells")
     rows["removable"] = rows_of.removable(run, its, found["sinks implanted"])
-    rows["image-centric"] = rows_of.centric(run, its, found)
+    rows["image-centric"] = rows_of.centric(run, found)
     rows["improves"] = rows_of.improves(run, its, found)
     rows["effective"] = rows_of.restores(run, found)
     _draw(run, found)
