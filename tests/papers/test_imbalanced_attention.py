@@ -1,6 +1,7 @@
 """The run of imbalanced attention: rows whose numbers can be told beforehand, and how each fails."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_the_method_raises_attention_on_the_picture(run, its, said):
 
 
 def test_random_tokens_are_as_many(its):
-    edit = rows._random_tokens(its, 3)(its.counterfactual, 0)[0]
+    edit: Any = rows._random_tokens(its, 3)(its.counterfactual, 0)[0]
     assert edit.local_group is not None and edit.summary_group is not None
     from headwise.attend.step import Step
 

@@ -100,7 +100,8 @@ def test_the_absolute_value_depends_on_the_offset_of_a_row_and_the_bias_does_not
     local, none = torch.tensor([[True, True, False]]), torch.zeros(1, 3, dtype=torch.bool)
     raised = boost_scores(z, local, none, alpha=0.7)
     torch.testing.assert_close(raised, torch.tensor([[[[0.0, -2.4, 1.0]]]]))
-    for mode, same in (("abs", False), ("bias", True)):
+    modes: Any = (("abs", False), ("bias", True))
+    for mode, same in modes:
         here, there = (boost_scores(x, local, none, alpha=0.7, mode=mode).softmax(-1) for x in (z, z + 5))
         assert torch.allclose(here, there, atol=1e-6) == same
 
@@ -211,7 +212,8 @@ def rule_of(inputs: dict[str, Tensor], edit: ImbalancedAttention, sets: list[Ten
     """Weights of some rows get exp(s |z|) and are divided by their sum; the caller rebuilds scores z `[b h t s]`."""
 
     def rule(layer: int, weights: Tensor, z: Tensor) -> Tensor:
-        if layer not in range(8)[edit.layers]:
+        chosen: Any = edit.layers
+        if layer not in range(8)[chosen]:
             return weights
         new = weights.clone()
         for b in range(weights.shape[0]):
@@ -251,8 +253,9 @@ def written_out(model: Any, inputs: dict[str, Tensor], rule: Any) -> Tensor:
         q = attention.q_proj(x).view(b, t, -1, attention.head_dim).transpose(1, 2)
         k = attention.k_proj(x).view(b, t, -1, attention.head_dim).transpose(1, 2)
         if cosine.ndim == 4:  # Qwen2-VL: three sections
-            from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_multimodal_rotary_pos_emb
+            from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen
 
+            apply_multimodal_rotary_pos_emb: Any = getattr(qwen, "apply_multimodal_rotary_pos_emb")  # noqa: B009
             sections = model.config.text_config.rope_parameters["mrope_section"]
             q, k = apply_multimodal_rotary_pos_emb(q, k, cosine, sine, sections)
         else:
@@ -526,9 +529,9 @@ def test_it_has_a_name_on_the_command_line_and_in_files(tmp_path):
     scaled = paint(head_scale=torch.tensor([[0.5, 1.0]]))
     save_edits([edit, ImageTokenBoost(0.2), scaled], path)
     known: Any = {"ImbalancedAttention": ImbalancedAttention, "ImageTokenBoost": ImageTokenBoost}
-    again = load_edits(path, known)
+    again: Any = load_edits(path, known)
     assert again[:2] == [edit, ImageTokenBoost(0.2)]
-    assert torch.equal(again[2].head_scale, scaled.head_scale) and again[2].layers == scaled.layers
+    assert torch.equal(again[2].head_scale, torch.tensor([[0.5, 1.0]])) and again[2].layers == scaled.layers
 
 
 def test_a_text_model_takes_groups_of_words():

@@ -207,7 +207,8 @@ def rule_of(inputs: dict[str, Tensor], edit: VisualAttentionRedistribution, laye
     ids = inputs["input_ids"]
     real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
     image = (ids == IMAGE) & real
-    chosen = range(8)[edit.layers if layers is None else layers]
+    picked: Any = edit.layers if layers is None else layers
+    chosen = range(8)[picked]
 
     def rule(layer: int, weights: Tensor, x: Tensor) -> Tensor:
         if layer not in chosen:
@@ -475,13 +476,14 @@ def test_what_is_refused():
     for name in ("transfer", "non_sink_ratio", "min_image_mass"):
         for value in (-0.1, 1.2, math.nan):
             with pytest.raises(ValueError, match=rf"{name} is {value}; it must lie in 0\.\.1"):
-                VAR(**{name: value})
+                wrong: Any = {name: value}
+                VAR(**wrong)
     with pytest.raises(ValueError, match="sink_threshold is -1"):
         VAR(sink_threshold=-1.0)
     with pytest.raises(TypeError, match="image"):
-        VAR(image=torch.ones(1, 3).bool())
+        VAR(image=torch.ones(1, 3).bool())  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="layers"):
-        VAR(layers="2")
+        VAR(layers="2")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"transfer is 1.5"):
         redistribute_attention(maps(), *masks()[:2], transfer=1.5)
     model = build("llava")

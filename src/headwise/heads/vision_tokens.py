@@ -203,7 +203,7 @@ class VisionTokenScores(Probe):
         pictures = []
         for scores in zip(*(seen[layer] for layer in self.layers), strict=True):
             merged = [score.view(-1, self.merged).mean(-1) for score in scores]
-            chosen = torch.stack(choose_informed(*merged, local_ratio))
+            chosen = torch.stack(choose_informed(merged[0], merged[1], local_ratio))
             pictures.append(torch.nn.functional.pad(chosen, (int(self.keeps_cls), 0)))
         return torch.cat(pictures, 1)
 

@@ -42,7 +42,10 @@ from headwise.tasks.hallucination import Chair, chair
 
 PICTURES, CALIBRATION, PLACEBOS = 1024, 256, 3
 LAYERS = slice(1, None)  # 1 to 3 of 4; the paper's 2 to 31 of 32
-TOWER = {"local_layer": 0, "summary_layer": -1}  # the last layer whose output is used, as the paper's -2 is there
+TOWER: dict[str, Any] = {
+    "local_layer": 0,
+    "summary_layer": -1,
+}  # the last layer whose output is used, as the paper's -2 is there
 LOCAL, SUMMARY = 0.7, 0.3
 WORDS_SAID = 8  # tokens of a caption: four shapes, three commas, the end
 LEAD = 0.02  # by how much the informed tokens must beat random ones

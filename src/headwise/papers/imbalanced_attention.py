@@ -189,5 +189,6 @@ def _draw(
         short = [name.replace(", all heads", "") for name in names]
         bars(right, short, values, y="% of shapes 2 to 4", title="Counterfactual pictures")
         right.set_xticks(range(len(short)), short, rotation=35, ha="right", fontsize=7)
-        right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.38), ncols=2, fontsize=7)
+        right.set_ylim(0, 1.25 * max(max(row) for row in values.values()))
+        right.legend(loc="upper center", ncols=2, fontsize=8)
     run.figures.append(path)

@@ -27,7 +27,7 @@ from headwise.attend.edit import Edit, GroupEdit
 from headwise.attend.groups import KeyGroup, image_tokens, spans
 from headwise.attend.step import Step
 from headwise.heads.sinks import check_dims, massive_values, warn_unreachable
-from headwise.hf.addresses import layout
+from headwise.hf.addresses import layout, unwrap
 from headwise.hf.sites import replace
 from headwise.ops.softmax import log_sum_exp
 from headwise.steering._images import (
@@ -137,7 +137,7 @@ class _Redistribute(GroupEdit):
         if self.of.sinks is not None:
             return (self._report,)
         name = type(self.of).__name__
-        width = model.get_input_embeddings().weight.shape[1]
+        width = unwrap(model).get_input_embeddings().weight.shape[1]
         if self.of.sink_dims is not None:
             check_dims(name, self.of.sink_dims, width)
         warn_unreachable(name, self.of.sink_threshold, width, "sink_threshold")
