@@ -137,7 +137,8 @@ class _Redistribute(GroupEdit):
         if self.of.sinks is not None:
             return (self._report,)
         name = type(self.of).__name__
-        width = unwrap(model).get_input_embeddings().weight.shape[1]
+        embedding: Any = unwrap(model).get_input_embeddings()
+        width = int(embedding.weight.shape[1])
         if self.of.sink_dims is not None:
             check_dims(name, self.of.sink_dims, width)
         warn_unreachable(name, self.of.sink_threshold, width, "sink_threshold")
