@@ -50,17 +50,12 @@ class Subject:
         return self.memo[key]
 
 
-def subject(run: Run, name: str = "vision-language", pictures: int = PICTURES) -> Subject:
+def subject(run: Run, pictures: int = PICTURES) -> Subject:
     """The specimen of the run's seed, and fresh pictures."""
-    model = vision_language_model(run.seed, name=name, log=lambda record: run.log(f"training: step {record['step']}"))
-    from headwise.specimens.registry import load_specimen
-
-    sigma = load_specimen(name).card["sigma"]
+    model = vision_language_model(run.seed, log=lambda record: run.log(f"training: step {record['step']}"))
     start = 500_000 + 10 * run.seed
-    ordinary, other = (
-        shapes_captions(pictures, sigma=sigma, counterfactual=flag, seed=start + flag) for flag in (False, True)
-    )
-    return Subject(model, ordinary, other, shapes_captions(CALIBRATION, sigma=sigma, seed=start + 2))
+    ordinary, other = (shapes_captions(pictures, counterfactual=flag, seed=start + flag) for flag in (False, True))
+    return Subject(model, ordinary, other, shapes_captions(CALIBRATION, seed=start + 2))
 
 
 @dataclass(frozen=True)

@@ -170,6 +170,17 @@ PAPER = Paper(
 )
 
 
+SHORT = {
+    "no outlier rule": "no outlier\nrule",
+    "random heads": "random\nheads",
+    "the other half": "other\nhalf",
+    "one choice for all": "one\nchoice",
+    "all heads": "all\nheads",
+    "contrast with a distorted picture": "contrast:\ndistorted",
+    "contrast with no picture": "contrast:\nno picture",
+}
+
+
 def reproduce(run: Run) -> dict[str, Measured]:
     """Find the heads that depend on the picture, amplify them, and amplify others in their place."""
     one = subject(run)
@@ -196,20 +207,22 @@ def _draw(
 ) -> None:
     path = run.out / f"{PAPER.slug}-figure.png"
     with figure(path, 3) as (left, middle, right):
-        names = [name.replace(" ", "\n") for name in arms]
+        names = [SHORT.get(name, name) for name in arms]
         series = {key: [arm[key] for arm in arms.values()] for key in ("typical", "accuracy")}
         bars(left, names, series, y="share of words, counterfactual", title="Which heads to amplify")
-        left.tick_params(axis="x", labelsize=6)
-        for key, label in (("typical", "typical, not there"), ("ordinary", "right, ordinary pictures")):
-            both = {f"{name}: {label}": curves[key] for name, curves in swept.items()}
-            lines(middle, rows_of.ALPHAS, both, x="alpha", y="share of words", title="How strongly")
-        middle.legend(fontsize=6)
+        left.tick_params(axis="x", labelsize=7)
+        left.legend(loc="upper center", ncols=2)
+        left.set_ylim(0, 0.65)
+        kinds = {"typical": "typical, not there", "ordinary": "right, ordinary"}
+        curves = {f"{name}: {label}": both[key] for key, label in kinds.items() for name, both in swept.items()}
+        lines(middle, rows_of.ALPHAS, curves, x="alpha", y="share of words", title="How strongly")
+        middle.legend(fontsize=7)
         bars(
             right,
-            [name.replace(" ", "\n") for name in captions],
+            [SHORT.get(name, name) for name in captions],
             {"CHAIR_i": list(captions.values())},
             y="named shapes that are not there",
             title="Greedy captions",
         )
-        right.tick_params(axis="x", labelsize=6)
+        right.tick_params(axis="x", labelsize=7)
     run.figures.append(path)
