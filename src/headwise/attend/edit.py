@@ -2,12 +2,14 @@
 
 Every edit names heads (None: all of the main tower), the rows that it touches (`when`) and its neutral setting, at
 which it is the identity bit for bit. Edits act in three stages, each in the order given: on the inputs of a head
-(`InputEdit`), on its weights (`GroupEdit` through the masses of key groups, `RowEdit` on whole rows), on its output
-(`OutputEdit`). To write your own, subclass one of the four.
+(`InputEdit`), on its weights (`GroupEdit` through the masses of key groups, `RowEdit` on whole rows, `ColumnEdit` on
+rows as their columns demand), on its output (`OutputEdit`). To write your own, subclass one of the five.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,8 +21,9 @@ from headwise.attend.groups import KeyGroup
 from headwise.attend.read import Probe
 from headwise.attend.step import Step
 
-__all__ = ["Edit", "GroupEdit", "InputEdit", "OutputEdit", "RowEdit", "Rows", "touched_rows"]
+__all__ = ["ColumnEdit", "Edit", "GroupEdit", "InputEdit", "OutputEdit", "RowEdit", "Rows", "touched_rows"]
 
+_SERIALS = itertools.count()
 Heads = str | Iterable[Head | str] | None
 When = Literal["all", "prompt", "generated"] | Callable[[Step], Tensor]
 
@@ -45,6 +48,11 @@ class Edit:
             raise ValueError(
                 f"{type(self).__name__}: when is {self.when!r}; choose all, prompt, generated or a function"
             )
+
+    @cached_property
+    def serial(self) -> int:
+        """A number of this edit alone, under which it keeps things in `Step.carried`: they may outlive it there."""
+        return next(_SERIALS)
 
     @property
     def neutral(self) -> bool:
@@ -140,6 +148,28 @@ class RowEdit(Edit):
     def change(self, weights: Tensor, rows: "Rows") -> Tensor:
         """`[b h r s]` float32 weights of the named heads to the same shape."""
         raise NotImplementedError
+
+
+class ColumnEdit(RowEdit):
+    """Changes rows by what columns received: it is shown all rows of a call before it changes any."""
+
+    def shown(self, call: Call) -> bool:
+        """Whether the rows of this call have been shown, by `fused` or by `begin`, `show` and `end`."""
+        raise NotImplementedError
+
+    def begin(self, call: Call) -> None:
+        """The rows of a call follow, in order, in blocks."""
+
+    def show(self, weights: Tensor, rows: "Rows") -> None:
+        """`[b h r s]` weights of the named heads, as the edits before have left them."""
+        raise NotImplementedError
+
+    def end(self, call: Call) -> None:
+        """All rows have been shown."""
+
+    def fused(self, call: Call) -> Tensor | None:
+        """`[b h t e]` outputs by a way shorter than rows, asked for where no other edit names these heads; or None."""
+        return None
 
 
 @dataclass

@@ -3,7 +3,7 @@
 Heads that no edit names go to the plain implementation. The named heads are sorted into parts with the same edits:
 - only constants on key groups: one fused call with a broadcast key bias;
 - other edits on key groups: split the keys into atoms and the rest, one fused call for the rest, merge by log-masses;
-- edits on rows: rows of weights block by block.
+- edits on rows: rows of weights block by block; an edit that depends on columns is shown all of them first.
 Rows before the first that a part touches are left to the plain implementation.
 Factors and replacements of outputs come last.
 """
@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from headwise.attend.call import Call
-from headwise.attend.edit import Edit, GroupEdit, InputEdit, OutputEdit, RowEdit, Rows, touched_rows
+from headwise.attend.edit import (
+    ColumnEdit,
+    Edit,
+    GroupEdit,
+    InputEdit,
+    OutputEdit,
+    RowEdit,
+    Rows,
+    touched_rows,
+)
 from headwise.attend.merge import key_bias, regroup_rows, split_and_merge
 from headwise.attend.read import Probe, Reading
 from headwise.ops.softmax import log_sum_exp
@@ -63,6 +72,8 @@ class Part:
         if not isinstance(self.touched, Tensor):
             return 0
         t = self.touched.shape[1]
+        if any(isinstance(edit, ColumnEdit) for edit in self.edits):
+            return 0  # rows that are not changed count all the same
         if not bool(self.touched.any()):
             return t
         whole = any(isinstance(edit, RowEdit) and not edit.any_rows for edit in self.edits)
@@ -71,6 +82,10 @@ class Part:
     def run(self, skip: int = 0) -> Tensor:
         """`[b t n e]` outputs of the part's heads, of the rows from `skip` on."""
         call = self.call.last_rows(self.call.q.shape[2] - skip)
+        if len(self.edits) == 1 and isinstance(self.edits[0], ColumnEdit):
+            out = self.edits[0].fused(call)
+            if out is not None:
+                return out.transpose(1, 2)
         if any(isinstance(edit, RowEdit) for edit in self.edits):
             blocks = []
             for index in _blocks(call.q.shape[2]):
@@ -91,8 +106,23 @@ class Part:
     def weights(self, index: slice | Tensor, columns: int | None = None, *, call: Call | None = None) -> Tensor:
         """`[b n r s]` the final weights of some rows of the part's call, or of its last rows."""
         call = self.call if call is None else call
+        for number, edit in enumerate(self.edits):
+            if isinstance(edit, ColumnEdit) and not edit.shown(call):
+                self._show(edit, number)
+        return self._rows(call, index, columns, len(self.edits))[0]
+
+    def _show(self, edit: ColumnEdit, number: int) -> None:
+        """Show all rows to an edit, as the edits before it leave them."""
+        edit.begin(self.call)
+        for index in _blocks(self.call.q.shape[2]):
+            weights, sink = self._rows(self.call, index, None, number)
+            edit.show(weights, Rows(self.call, index, None, self.named[id(edit)], sink))
+        edit.end(self.call)
+
+    def _rows(self, call: Call, index: slice | Tensor, columns: int | None, count: int) -> tuple[Tensor, Tensor | None]:
+        """Rows and their sink column after the first edits."""
         weights, sink = rows_and_sink(call, index, columns)
-        for edit in self.edits:
+        for edit in self.edits[:count]:
             new, new_sink = weights, sink
             if isinstance(edit, GroupEdit):
                 new, new_sink = regroup_rows(call, edit, weights, sink)
@@ -102,7 +132,7 @@ class Part:
             weights = _where(edit, call, index, new, weights)
             if sink is not None and new_sink is not None:
                 sink = _where(edit, call, index, new_sink, sink)
-        return weights
+        return weights, sink
 
 
 def attend(

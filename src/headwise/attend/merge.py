@@ -15,7 +15,7 @@ from headwise.attend.call import Call
 from headwise.attend.edit import GroupEdit, touched_rows
 from headwise.ops.softmax import log_sum_exp
 
-__all__ = ["key_bias", "regroup_rows", "split_and_merge"]
+__all__ = ["key_bias", "merge_sets", "regroup_rows", "split_and_merge"]
 
 SMALL = 64  # up to so many keys, or an eighth of all, an atom is cheaper by a direct product than by a fused call
 DIRECT_BYTES = 2**26  # of weights formed by a direct product
@@ -25,7 +25,10 @@ LARGEST_FOLDED_BIAS = 80.0  # beyond it a float32 score would lose digits; such 
 
 @dataclass
 class Atom:
-    """Keys `[b, s]` that belong to the same groups; where they are few, their columns `[b, g]` and which are real."""
+    """Keys `[b, s]` that belong to the same groups; where they are few, their columns `[b, g]` and which are real.
+
+    Each may have an axis of heads after the first.
+    """
 
     keys: Tensor
     columns: Tensor | None
@@ -62,11 +65,34 @@ def split_and_merge(call: Call, edits: Sequence[GroupEdit]) -> Tensor:
     outs, lses = zip(*[_attend_atom(call, atom) for atom in atoms], call.attend(only=rest), strict=True)
     log_mass = torch.stack([*lses, *_sink_column(call, lses[0])], -1)
     log_mass = _reweigh(log_mass, inside, edits, call)
+    return _merged(outs, log_mass).to(call.q.dtype)
+
+
+def _merged(outs: Sequence[Tensor], log_mass: Tensor) -> Tensor:
     mass = log_mass.exp()
     out = torch.zeros((), dtype=mass.dtype, device=mass.device)
     for i, part in enumerate(outs):
         out = out + mass[..., i, None] * part
-    return out.to(call.q.dtype)
+    return out
+
+
+def merge_sets(call: Call, keys: Tensor, edit: GroupEdit) -> Tensor:
+    """`[b h t e]` attention under an edit on one key group, here a set of keys `[b h s]` for every head.
+
+    The edit is asked for its arithmetic on masses only, never for the members of its group.
+    """
+    most = int(keys.sum(-1).max())
+    atom = Atom(keys, None, None)
+    if most <= SMALL or most * 8 <= keys.shape[-1]:
+        columns = keys.int().sort(dim=-1, descending=True, stable=True).indices[..., :most]
+        atom = Atom(keys, columns, keys.gather(2, columns))
+    (own, own_lse), (other, other_lse) = _attend_atom(call, atom), call.attend(only=~keys)
+    log_mass = torch.stack([own_lse, other_lse, *_sink_column(call, own_lse)], -1)
+    blind = torch.isneginf(log_mass.amax(-1, keepdim=True))
+    safe = torch.where(blind, 0.0, log_mass)
+    inside = (torch.arange(log_mass.shape[-1], device=keys.device) == 0)[None]
+    new = edit.reweigh(safe - safe.logsumexp(-1, keepdim=True), inside, call)
+    return _merged([own, other], torch.where(blind, -torch.inf, new)).to(call.q.dtype)
 
 
 def regroup_rows(call: Call, edit: GroupEdit, weights: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -134,10 +160,14 @@ def _attend_atom(call: Call, atom: Atom) -> tuple[Tensor, Tensor]:
     if atom.columns is None or atom.real is None:
         return call.attend(only=atom.keys)
     b, h, t, _ = call.q.shape
-    scores = call.scores(slice(None), atom.columns).masked_fill(~atom.real[:, None, None], -torch.inf)
+    each = atom.columns.ndim == 3  # other keys for every head
+    real = atom.real[:, :, None] if each else atom.real[:, None, None]
+    scores = call.scores(slice(None), atom.columns).masked_fill(~real, -torch.inf)
     lse = log_sum_exp(scores)
     lse = lse.masked_fill(lse < NOTHING, -torch.inf)  # masks of finfo.min hide as those of -inf do
     weights = (scores - lse.masked_fill(torch.isneginf(lse), 0)[..., None]).exp()
+    if each:
+        return weights @ call.at_columns(call.v, atom.columns).to(weights.dtype), lse
     value = call.v.gather(2, atom.columns[:, None, :, None].expand(-1, call.v.shape[1], -1, call.v.shape[3]))
     out = weights.reshape(b, call.k.shape[1], call.groups * t, -1) @ value.to(weights.dtype)
     return out.view(b, h, t, -1), lse

@@ -8,7 +8,8 @@ Three ways to tell them, all of them one call of `find_sinks`:
 
 phi never exceeds sqrt(hidden size), which it reaches where one dimension holds all there is.
 
-Papers: headwise/papers/visual_attention_redistribution.py (Kang et al., ICLR 2025) for massive activations.
+Papers: headwise/papers/visual_attention_redistribution.py (Kang et al., ICLR 2025) for massive activations,
+headwise/papers/attention_calibration.py (Yu et al., ICML 2024) for attention received.
 """
 
 import math
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from headwise.attend.addresses import pick_layers
 from headwise.attend.groups import KeyGroup, positions
 from headwise.attend.read import Probe, Reading, RowBlock
+from headwise.attend.received import sink_limit
 from headwise.hf.addresses import layout
 from headwise.hf.inputs import as_inputs, frugal
 from headwise.hf.session import probe
@@ -89,7 +91,8 @@ def find_sinks(
     inputs: token ids `[b, t]`, or what a tokenizer or processor returned (pictures included). Padding is never a sink.
     by, threshold, layers: ``massive``: phi above 20, from layer 2 on, as the paper has it; dims are the dimensions to
     look at, None all (`find_sink_dims` finds them, `sink_dims_of` knows the published ones). ``first``: the first real
-    token, no threshold, all layers. Open edits act.
+    token, no threshold, all layers. ``received``: tokens to which some head gives a mean weight above 0.1 (between 0
+    and 1), all layers; `heads` of the result tells which. Open edits act.
 
     Warns where threshold exceeds sqrt(hidden size): no token can pass it. Raises ValueError for an unknown way,
     dimensions or layers that the model has not, and a threshold that is not positive.
@@ -135,8 +138,21 @@ def _first(
     return FoundSinks("first", math.nan, members, torch.full(members.shape, torch.nan))
 
 
-# "received" (a threshold on `received_attention`) belongs here: (model, given, threshold, dims, layers) -> FoundSinks.
-_FINDERS: dict[str, Callable[..., FoundSinks]] = {"massive": _massive, "first": _first}
+def _by_received(
+    model: nn.Module, given: dict[str, Any], threshold: float | None, dims: Iterable[int] | None, layers: list[int]
+) -> FoundSinks:
+    del dims
+    limit = sink_limit("find_sinks", threshold, False)
+    received = received_attention(model, given)
+    rest = torch.ones(received.shape[1], dtype=torch.bool)
+    rest[layers] = False
+    received[:, rest] = torch.nan
+    heads = received > limit  # false where nothing was read
+    values = received.nan_to_num(-1).amax(2)
+    return FoundSinks("received", limit, heads.any(2), values.masked_fill(values < 0, torch.nan), heads)
+
+
+_FINDERS: dict[str, Callable[..., FoundSinks]] = {"massive": _massive, "first": _first, "received": _by_received}
 
 
 def find_sink_dims(

@@ -234,6 +234,7 @@ class Session:
             for stack, names in towers.items():
                 hook = self._enter_stack(stack, names)
                 self._hooks.append(stack.register_forward_pre_hook(hook, with_kwargs=True))
+                self._hooks.append(stack.register_forward_hook(self._leave_stack(names)))
             for module in self.places:
                 projection = output_projection(module, self.model)
                 self._hooks.append(projection.register_forward_hook(self._mixed(module, projection)))
@@ -280,6 +281,15 @@ class Session:
                 outer = {} if tower in ("decoder", "cross") else getattr(self._thread, "outer", {})
                 trackers[tower].begin(args, kwargs, outer)
                 self._latest[tower] = trackers[tower]
+
+        return hook
+
+    def _leave_stack(self, towers: list[str]):
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            trackers = self._trackers()
+            for tower in towers:
+                if tower in trackers:
+                    trackers[tower].end(output)
 
         return hook
 

@@ -1,7 +1,9 @@
 """Filling in a `Step` at every forward, from hooks on the model and on its stacks of layers."""
 
+import contextlib
 import inspect
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ __all__ = ["CACHE_NAMES", "StepTracker", "find_stacks"]
 
 CACHE_NAMES = ("cache", "past_key_values")
 """The argument that holds the cache, and the field of a model's output: renamed in transformers 5.24."""
+CARRIED = "_headwise_carried"
 
 
 def find_stacks(model: nn.Module, places: dict[nn.Module, tuple[str, int]]) -> dict[str, nn.Module]:
@@ -75,8 +78,17 @@ class StepTracker:
         self.step = self._extend(ids, real, past, before, same_cache)
         if cache is not None:
             self._steps[cache] = self.step
+        self.step.carried = _carried(cache, past, self.step.carried)
         self.step.wants_weights = bool(given.get("output_attentions") or outer.get("output_attentions"))
         return self.step
+
+    def end(self, output: Any) -> None:
+        """Lay what edits keep with the cache that a model has made for itself."""
+        if self.step is None or not isinstance(output, Mapping):
+            return
+        cache = next((output[name] for name in CACHE_NAMES if output.get(name) is not None), None)
+        if cache is not None and getattr(cache, CARRIED, None) is None:
+            _lay(cache, self.step.carried)
 
     def _extend(self, ids: Tensor, real: Tensor | None, past: int, old: Step | None, same_cache: bool) -> Step:
         batch, length = ids.shape
@@ -102,6 +114,24 @@ class StepTracker:
         if self.image_token is not None:
             step.images = (step.ids == self.image_token) & step.prompt
         return step
+
+
+def _carried(cache: Any, past: int, handed: dict) -> dict:
+    """What edits keep with a cache: a copy of the cache has a copy of it, an emptied one starts anew.
+
+    handed: what the forward before has handed on, for caches on which nothing lies yet.
+    """
+    kept = getattr(cache, CARRIED, None)
+    if not isinstance(kept, dict) or past == 0:
+        kept = handed
+        if cache is not None:
+            _lay(cache, kept)
+    return kept
+
+
+def _lay(cache: Any, kept: dict) -> None:
+    with contextlib.suppress(AttributeError, TypeError):  # a cache that takes no attributes
+        setattr(cache, CARRIED, kept)
 
 
 def _real(mask: Any, outer: Any, batch: int, total: int) -> Tensor | None:

@@ -226,11 +226,11 @@ class _Boost(Edit):
         return self._found(step)[which]
 
     def _found(self, step: Step) -> tuple[Bool[Tensor, "b s"], Bool[Tensor, "b s"]]:
-        return step.once(("informed", id(self)), lambda: self._find(step))
+        return step.once(("informed", self.serial), lambda: self._find(step))
 
     def _find(self, step: Step) -> tuple[Tensor, Tensor]:
         of, nothing = self.of, torch.zeros_like(step.real)
-        known = [step.carried.get((id(self), i)) for i in range(2)]
+        known = [step.carried.get((self.serial, i)) for i in range(2)]
         if known[0] is not None and known[1] is not None and known[0].shape == step.real.shape:
             return known[0].to(nothing.device), known[1].to(nothing.device)  # the same forward, on another device
         if of.tokens == "all":
@@ -242,7 +242,7 @@ class _Boost(Edit):
         found = (None, None)
         if not step.generating:
             found = self.reader.choose(of.image.members(step)[:, step.past :], of.local_ratio)
-        local, summary = (carry(step, (id(self), i), part) for i, part in enumerate(found))
+        local, summary = (carry(step, (self.serial, i), part) for i, part in enumerate(found))
         return local, summary
 
     def rows(self, call: Call) -> bool | Tensor:
@@ -251,7 +251,7 @@ class _Boost(Edit):
         when = super().rows(call)
         if when is False:
             return False
-        known = ("boosted", id(self))
+        known = ("boosted", self.serial)
 
         def touched() -> bool | Tensor:
             if step.generating and known in step.carried:  # decoding need not wait for the device
@@ -271,7 +271,7 @@ class _Boost(Edit):
             last = torch.where(real, index, -1).amax(-1, keepdim=True)
             return there & (index == last)
 
-        rows = step.once(("rows", id(self)), touched)
+        rows = step.once(("rows", self.serial), touched)
         return rows & when.to(call.q.device) if isinstance(when, Tensor) and rows is not False else rows
 
     def strengths(self, call: Call) -> Float[Tensor, "2 h"]:

@@ -153,7 +153,7 @@ class _Redistribute(GroupEdit):
         step = current()
         if step is not None and not step.generating and x.shape[:2] == (step.real.shape[0], step.length):
             value = massive_values(x.detach(), self.of.sink_dims)
-            carry(step, (id(self), layer), value > self.of.sink_threshold)
+            carry(step, (self.serial, layer), value > self.of.sink_threshold)
             image = self.of.image.members(step)[:, step.past :].to(value)
             shown = (value * image).amax()
             self.largest = shown if self.largest is None else torch.maximum(self.largest, shown.to(self.largest))
@@ -184,9 +184,9 @@ class _Redistribute(GroupEdit):
         return (self._groups[call.layer], self.of.image)
 
     def _found(self, layer: int, step: Step) -> Tensor:
-        known = step.carried.get((id(self), layer))
+        known = step.carried.get((self.serial, layer))
         if known is None or known.shape != step.real.shape:
-            known = carry(step, (id(self), layer), None)
+            known = carry(step, (self.serial, layer), None)
         return known.to(step.real.device)
 
     def rows(self, call: Call) -> bool | Tensor:
@@ -195,7 +195,7 @@ class _Redistribute(GroupEdit):
 
     def _touched(self, call: Call, when: bool | Tensor) -> bool | Tensor:
         step, layer = call.key_step, call.layer
-        known = ("sinks", id(self), layer)
+        known = ("sinks", self.serial, layer)
 
         def touched() -> Tensor | None:
             some = step.carried.get(known) if step.generating else None
@@ -210,7 +210,7 @@ class _Redistribute(GroupEdit):
                 step.carried[known] = some
             return (rows_after(image, step.real) & (visual.cumsum(-1) > 0))[:, step.past :] if some else None
 
-        rows = step.once(("rows", id(self), layer), touched)
+        rows = step.once(("rows", self.serial, layer), touched)
         if rows is None:
             return False
         return rows & when.to(rows.device) if isinstance(when, Tensor) else rows
