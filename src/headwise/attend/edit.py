@@ -40,6 +40,9 @@ class Edit:
     heads: Heads = None
     when: When = "all"
 
+    settles: ClassVar[bool] = False
+    """Whether something is chosen at the last token of a prompt and kept: a longer prompt may then choose otherwise."""
+
     def __post_init__(self):
         if not callable(self.when) and self.when not in ("all", "prompt", "generated"):
             raise ValueError(

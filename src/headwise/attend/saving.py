@@ -42,7 +42,7 @@ def _encode(name: str, value: object) -> object:
 
 def _decode(name: str, value: object) -> object:
     if isinstance(value, dict) and "name" in value:
-        return key_group(value["name"], **{key: item for key, item in value.items() if key != "name"})
+        return key_group(value["name"], **{key: _frozen(item) for key, item in value.items() if key != "name"})
     if isinstance(value, dict) and "slice" in value:
         return slice(*value["slice"])
     if value in ("inf", "-inf"):
@@ -54,6 +54,11 @@ def _decode(name: str, value: object) -> object:
     if name != "heads" and isinstance(value, list):
         return torch.tensor(value)
     return value
+
+
+def _frozen(value: object) -> object:
+    """Lists as the tuples that they were."""
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
 
 
 def _document(edit: Edit) -> dict:

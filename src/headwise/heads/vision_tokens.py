@@ -3,8 +3,8 @@
     local    the floor(ratio V) tokens with the largest  u_j = sum_h E_first[h, CLS, j]
     summary  the upper outliers of  w_j = sum_h E_last[h, CLS, j]:  w_j > Q3 + 1.5 (Q3 - Q1)
 
-E_l is the attention of layer l of the tower; only its CLS row is formed. In a tower without a CLS token the row of CLS is
-replaced by the mean over all rows, the attention that a token receives. Local tokens that are summary tokens count as
+E_l is the attention of layer l of the tower; only its CLS row is formed. In a tower without a CLS token the mean over
+all rows, the attention that a token receives, takes its place. Local tokens that are summary tokens count as
 the latter.
 
 Paper: headwise/papers/imbalanced_attention.py (Arif et al., 2025).
@@ -114,8 +114,8 @@ class VisionTokenScores(Probe):
         tower = next((tower for tower in layout(model).towers if tower.name == "vision"), None)
         if tower is None or tower.layers == 0:
             raise UnsupportedModel(
-                f"{name}: it has no vision tower with attention; informed tokens are told by one, name the tokens by key "
-                "groups instead"
+                f"{name}: it has no vision tower with attention; informed tokens are told by one, name the tokens "
+                "by key groups instead"
             )
         config: Any = getattr(inner.config, "vision_config", inner.config)
         if getattr(config, "fullatt_block_indexes", None):
@@ -175,8 +175,8 @@ class VisionTokenScores(Probe):
         if left is None or need == 0:
             if need:
                 raise ValueError(
-                    f"informed tokens: the prompt holds {need} image tokens, but the vision tower did not run since the "
-                    "edit was attached; attach it before the picture is read, or name the tokens by key groups"
+                    f"informed tokens: the prompt holds {need} image tokens, but the vision tower did not run since "
+                    "the edit was attached; attach it before the picture is read, or name the tokens by key groups"
                 )
             return torch.zeros_like(images), torch.zeros_like(images)
         total, rows = left.shape[1], images.shape[0]
@@ -203,7 +203,7 @@ class VisionTokenScores(Probe):
         pictures = []
         for scores in zip(*(seen[layer] for layer in self.layers), strict=True):
             merged = [score.view(-1, self.merged).mean(-1) for score in scores]
-            chosen = torch.stack(choose_informed(*merged, local_ratio))
+            chosen = torch.stack(choose_informed(merged[0], merged[1], local_ratio))
             pictures.append(torch.nn.functional.pad(chosen, (int(self.keeps_cls), 0)))
         return torch.cat(pictures, 1)
 

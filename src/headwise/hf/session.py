@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headwise.attend.addresses import Head, Layout
+from headwise.attend.addresses import Head, Layout, select_heads
 from headwise.attend.call import Call
 from headwise.attend.edit import Edit, Heads, OutputEdit
 from headwise.attend.machine import BoundEdit, attend

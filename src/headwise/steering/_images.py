@@ -1,4 +1,4 @@
-"""What edits of attention to pictures share: layers, rows after the picture, and what was found at a prompt's tokens."""
+"""What edits of attention to pictures share: layers, rows after the picture, and what was found in a prompt."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
@@ -58,8 +58,10 @@ def carry(step: Step, key: Hashable, found: Bool[Tensor, "b t"] | None) -> Bool[
     b = step.real.shape[0]
     parts = []
     if step.past:
-        known = before is not None and before.shape[0] == b and before.shape[1] >= step.past
-        parts.append(before[:, : step.past] if known else torch.zeros_like(step.real[:, : step.past]))
+        if before is not None and before.shape[0] == b and before.shape[1] >= step.past:
+            parts.append(before[:, : step.past])
+        else:
+            parts.append(torch.zeros_like(step.real[:, : step.past]))
     if found is None:
         found = torch.zeros_like(step.real[:, step.past :])
     parts.append(found.to(step.real.device))

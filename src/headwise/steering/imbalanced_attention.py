@@ -2,8 +2,8 @@
 
     z_k <- z_k + s_h alpha |z_k|  for local k,   z_k <- z_k + s_h beta |z_k|  for summary k,   then softmax
 
-z are the scores as the softmax sees them; s_h is the factor of a head. In the last row of a prompt and in every generated
-token, in layers 2 and up. Local and summary tokens are told by the vision tower (`heads.informed_tokens`).
+z are the scores as the softmax sees them; s_h is the factor of a head. In the last row of a prompt and in every
+generated token, in layers 2 and up. Local and summary tokens are told by the vision tower (`heads.informed_tokens`).
 
 Paper: headwise/papers/imbalanced_attention.py (Arif et al., 2025); PAI (Liu et al., ECCV 2024) is `ImageTokenBoost`.
 """
@@ -86,7 +86,9 @@ class ImbalancedAttention(Edit):
         for name in ("local", "summary"):
             value = getattr(self, name)
             if not value >= 0:
-                raise ValueError(f"{where}: {name} is {value}; it must be 0 or more (it raises attention, never lowers)")
+                raise ValueError(
+                    f"{where}: {name} is {value}; it must be 0 or more (it raises attention, never lowers)"
+                )
         if not 0 <= self.local_ratio <= 1:
             raise ValueError(f"{where}: local_ratio is {self.local_ratio}; it must lie in 0..1")
         choices = {
@@ -192,9 +194,7 @@ class _Boost(Edit):
         of = self.of
         return of.tokens == "informed" and of.local_group is None and of.summary_group is None
 
-    def named(
-        self, layout: Layout, scores: Callable[[str], Mapping[Head, float | None]] | None = None
-    ) -> list[Head]:
+    def named(self, layout: Layout, scores: Callable[[str], Mapping[Head, float | None]] | None = None) -> list[Head]:
         scale = self.of.head_scale
         shape = (layout.main.layers, max(layout.main.heads))
         if scale is not None and tuple(torch.as_tensor(scale).shape) != shape:
@@ -218,7 +218,9 @@ class _Boost(Edit):
     @cached_property
     def sets(self) -> tuple[KeyGroup, KeyGroup]:
         """The local and the summary tokens."""
-        return tuple(KeyGroup(f"{name}:informed", partial(self._part, i)) for i, name in enumerate(("local", "summary")))  # pyright: ignore[reportReturnType]
+        return tuple(
+            KeyGroup(f"{name}:informed", partial(self._part, i)) for i, name in enumerate(("local", "summary"))
+        )  # pyright: ignore[reportReturnType]
 
     def _part(self, which: int, step: Step) -> Tensor:
         return self._found(step)[which]

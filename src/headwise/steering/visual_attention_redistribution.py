@@ -27,7 +27,7 @@ from headwise.attend.edit import Edit, GroupEdit
 from headwise.attend.groups import KeyGroup, image_tokens, spans
 from headwise.attend.step import Step
 from headwise.heads.sinks import check_dims, massive_values, warn_unreachable
-from headwise.hf.addresses import layout
+from headwise.hf.addresses import layout, unwrap
 from headwise.hf.sites import replace
 from headwise.ops.softmax import log_sum_exp
 from headwise.steering._images import (
@@ -129,9 +129,7 @@ class _Redistribute(GroupEdit):
     def neutral(self) -> bool:
         return self.of.neutral
 
-    def named(
-        self, layout: Layout, scores: Callable[[str], Mapping[Head, float | None]] | None = None
-    ) -> list[Head]:
+    def named(self, layout: Layout, scores: Callable[[str], Mapping[Head, float | None]] | None = None) -> list[Head]:
         return heads_in_layers(type(self.of).__name__, self.heads, self.of.layers, layout, scores)
 
     def watch(self, model: nn.Module, step: Callable[[], Step | None]) -> Iterable[Callable[[], Any]]:
@@ -139,7 +137,8 @@ class _Redistribute(GroupEdit):
         if self.of.sinks is not None:
             return (self._report,)
         name = type(self.of).__name__
-        width = model.get_input_embeddings().weight.shape[1]
+        embedding: Any = unwrap(model).get_input_embeddings()
+        width = int(embedding.weight.shape[1])
         if self.of.sink_dims is not None:
             check_dims(name, self.of.sink_dims, width)
         warn_unreachable(name, self.of.sink_threshold, width, "sink_threshold")
@@ -163,7 +162,9 @@ class _Redistribute(GroupEdit):
     def _report(self) -> None:
         if not self.looked or self.moved:
             return
-        largest = "" if self.largest is None else f" (the largest of its max |x| / RMS(x) was {float(self.largest):.1f})"
+        largest = (
+            "" if self.largest is None else f" (the largest of its max |x| / RMS(x) was {float(self.largest):.1f})"
+        )
         rule = "is in sinks" if self.of.sinks is not None else f"passes sink_threshold {self.of.sink_threshold:g}"
         warnings.warn(
             f"VisualAttentionRedistribution: no image token {rule}{largest}, so attention was left as it is",
