@@ -591,7 +591,7 @@ def test_it_is_made_from_text_and_saved(tmp_path: Path):
     save_edits([made, act()], str(tmp_path / "edits.json"))
     read = load_edits(str(tmp_path / "edits.json"), {"AttentionCalibration": AttentionCalibration})
     assert read == [made, act()]
-    with pytest.raises(InputError, match="beta is 3.0; it must lie between 0"):
+    with pytest.raises(InputError, match=r"beta is 3.0; it must lie between 0"):
         make_edit("attention-calibration:beta=3", {})
 
 

@@ -192,7 +192,7 @@ def test_a_search_is_saved_and_read(tmp_path: Path):
     assert torch.equal(read.all_heads, found.all_heads) and str(read) == str(found)
     assert read.baseline[0] == pytest.approx(float(Made({}).score("calibration", 1)().mean()), abs=0.1)
     (tmp_path / "other.json").write_text('{"schema": 1, "held_out": [0.1]}')
-    with pytest.raises(InputError, match="other.json: is damaged"):
+    with pytest.raises(InputError, match=r"other.json: is damaged"):
         HeadSearch.load(tmp_path / "other.json")
     with pytest.raises(InputError, match="is no head search of schema 1"):
         HeadSearch.from_json({"schema": 1})

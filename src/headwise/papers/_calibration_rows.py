@@ -152,8 +152,8 @@ def sinks_hurt(run: Run, tasks: Sequence[Task]) -> tuple[Measured, dict[str, dic
     worst = max(every, key=lambda change: float(change.mean()))
     return Measured(
         measured=(
-            f"of {len(every)} heads over {len(moved)} tasks, damping the sinks of {helped} lowers the loss and of {hurt} "
-            f"raises it; from {float(best.mean()):+.4f} to {float(worst.mean()):+.4f} nats a head"
+            f"of {len(every)} heads over {len(moved)} tasks, damping the sinks of {helped} lowers the loss and of "
+            f"{hurt} raises it; from {float(best.mean()):+.4f} to {float(worst.mean()):+.4f} nats a head"
         ),
         control=(
             f"signs shuffled: {by_chance[0]} and {by_chance[1]}; as many random other tokens of the same heads damped: "
@@ -247,8 +247,8 @@ def improves(run: Run, tasks: Sequence[Task]) -> tuple[Measured, dict[str, HeadS
     searched = mean([one.calibration_gain for one in found.values()])
     return Measured(
         measured=(
-            f"held-out accuracy {float(gain.mean()):+.4f} ({low:+.4f} to {high:+.4f}) over {len(found)} tasks, least with "
-            f"{worst} ({found[worst].gain:+.4f}); on the prompts of the search {searched:+.4f}"
+            f"held-out accuracy {float(gain.mean()):+.4f} ({low:+.4f} to {high:+.4f}) over {len(found)} tasks, least "
+            f"with {worst} ({found[worst].gain:+.4f}); on the prompts of the search {searched:+.4f}"
         ),
         control="; ".join(f"{name}, plain {one.baseline[1]:.3f}: {one}" for name, one in found.items()),
         holds=margin >= 0,
@@ -286,8 +286,8 @@ def forms(ids: Tensor) -> Measured:
     error = max(apart.values())
     return Measured(
         measured=(
-            f"head outputs differ by {error:.1e} relative ({', '.join(f'{n} {e:.1e}' for n, e in apart.items())}); rows sum to "
-            f"1 within {sums:.1e}; beta 1 is {'' if same else 'not '}bit-identical"
+            f"head outputs differ by {error:.1e} relative ({', '.join(f'{n} {e:.1e}' for n, e in apart.items())}); "
+            f"rows sum to 1 within {sums:.1e}; beta 1 is {'' if same else 'not '}bit-identical"
         ),
         holds=error < 1e-5 and same and sums < 1e-6,
         values={"largest relative difference": error},

@@ -72,7 +72,7 @@ def share_right(batch: PromptBatch, logits: Tensor) -> Tensor:
 
 
 def act(heads: Sequence[Head] | str | None = None, **options: Any) -> AttentionCalibration:
-    """The edit as the paper sets it, each row judged by the rows up to itself: an answer must not help to find sinks."""
+    """The paper's edit, each row judged by the rows up to itself: an answer must not help to find sinks."""
     chosen = {"beta": BETA, "threshold": THRESHOLD, "statistics": "running", **options}
     return AttentionCalibration(heads=heads, **chosen)
 

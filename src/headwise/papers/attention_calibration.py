@@ -16,8 +16,8 @@ from headwise.report.plots import COLOURS, MARKERS, bars, figure, lines
 PAPER = Paper(
     slug="attention-calibration",
     title=(
-        "Unveiling and Harnessing Hidden Attention Sinks: Enhancing Large Language Models without Training "
-        "through Attention Calibration"
+        "Unveiling and Harnessing Hidden Attention Sinks: Enhancing Large Language Models without Training through "
+        "Attention Calibration"
     ),
     authors="Yu, Wang et al.",
     year=2024,
@@ -36,9 +36,9 @@ PAPER = Paper(
     ),
     specimens=("tasks", "text", "backcopy-deep", "vision-language"),
     changed=(
-        "a trial on 16 other prompts a task showed that in texts of 23 to 64 tokens shuffled rows have tokens above 0.1 "
-        "as well, so pairs of a head and a token above both thresholds are counted instead of texts; tasks that are "
-        "answered always or at chance (addition, multiple choice) were left out, and needles made longer"
+        "a trial on 16 other prompts a task showed that in texts of 23 to 64 tokens shuffled rows have tokens above "
+        "0.1 as well, so pairs of a head and a token above both thresholds are counted instead of texts; tasks that "
+        "are answered always or at chance (addition, multiple choice) were left out, and needles made longer"
     ),
     claims=(
         Claim(
@@ -49,10 +49,11 @@ PAPER = Paper(
                 "attention sinks occur not only at the start of sequences but also within later tokens of the input,"
             ),
             criterion=(
-                "with symbols, with prose and with pictures, at least half of the texts hold a token behind the first to "
-                "which some head gives a mean weight above 0.1 and above 5 / N (both thresholds of the authors) over 16 "
-                "or more rows that see it; and a text has more pairs of a head and such a token than once the weights of "
-                "every row are shuffled among its keys, the 95 % paired interval over texts of the difference excludes 0"
+                "with symbols, with prose and with pictures, at least half of the texts hold a token behind the "
+                "first to which some head gives a mean weight above 0.1 and above 5 / N (both thresholds of the "
+                "authors) over 16 or more rows that see it; and a text has more pairs of a head and such a token "
+                "than once the weights of every row are shuffled among its keys, the 95 % paired interval over texts "
+                "of the difference excludes 0"
             ),
             control="the same maps with the weights of every row on random keys of that row",
         ),
@@ -62,8 +63,8 @@ PAPER = Paper(
             claim="and (2) not all attention sinks have a positive impact on the achievable accuracy of LLMs.",
             criterion=(
                 "damping the sinks of one head at a time by 0.4, the loss of held-out answers falls for at least one "
-                "head and rises for at least one, each after Holm's correction over all heads and tasks (sign-flip test "
-                "over prompts, 0.05)"
+                "head and rises for at least one, each after Holm's correction over all heads and tasks (sign-flip "
+                "test over prompts, 0.05)"
             ),
             control=(
                 "the same count with the sign of each prompt's change shuffled; as many random other tokens of the "
@@ -75,12 +76,12 @@ PAPER = Paper(
             kind="claim",
             claim=(
                 "Building upon our findings, we propose a training-free Attention Calibration Technique (ACT) that "
-                "automatically optimizes the attention distributions on the fly during inference in an input-adaptive "
-                "manner."
+                "automatically optimizes the attention distributions on the fly during inference in an "
+                "input-adaptive manner."
             ),
             criterion=(
-                "under the edit no weight of a model changes by a bit, and in every task whose texts are of one length "
-                "and have sinks, more than half of the pairs of texts have other sinks behind the first token"
+                "under the edit no weight of a model changes by a bit, and in every task whose texts are of one "
+                "length and have sinks, more than half of the pairs of texts have other sinks behind the first token"
             ),
             control="the same texts read twice have the same sinks",
         ),
@@ -94,8 +95,8 @@ PAPER = Paper(
             paper_figure="the authors' log of one calibration run: 0.6211 on average over nine classification sets",
             criterion=(
                 "calibrating the heads that each raise accuracy on a calibration split raises held-out accuracy by "
-                "0.001 or more in every task and on average over the plain model and over random sets of as many heads; "
-                "the 95 % interval of the average over prompts excludes it"
+                "0.001 or more in every task and on average over the plain model and over random sets of as many "
+                "heads; the 95 % interval of the average over prompts excludes it"
             ),
             control=(
                 "20 layer-matched random sets of as many heads and all heads, on the same prompts; the gain on the "
@@ -106,13 +107,13 @@ PAPER = Paper(
             id="figures",
             kind="untestable",
             claim=(
-                "Specifically, ACT achieves an average improvement of up to 7.30% in accuracy across different datasets "
-                "when applied to Llama-30B."
+                "Specifically, ACT achieves an average improvement of up to 7.30% in accuracy across different "
+                "datasets when applied to Llama-30B."
             ),
             paper_figure="7.30 % on average, Llama-30B (abstract)",
             criterion=(
-                "needs Llama-30B, which cannot be run here; `read_calibration_heads` reads the head sets that the authors "
-                "published for Llama-2-7B and Mistral-7B, with which the same class runs there"
+                "needs Llama-30B, which cannot be run here; `read_calibration_heads` reads the head sets that the "
+                "authors published for Llama-2-7B and Mistral-7B, with which the same class runs there"
             ),
         ),
         Claim(
@@ -120,9 +121,9 @@ PAPER = Paper(
             kind="check",
             claim="The edit gives what calibrated weights give, with the first token untouched and rows that sum to 1.",
             criterion=(
-                "in every layer of a trained model and with both kinds of statistics, on 200 tokens, head outputs under "
-                "the edit differ from those under maps that were formed, calibrated and put in their place by less than "
-                "1e-5 relative (double precision); beta 1 is bit-identical to the plain model"
+                "in every layer of a trained model and with both kinds of statistics, on 200 tokens, head outputs "
+                "under the edit differ from those under maps that were formed, calibrated and put in their place by "
+                "less than 1e-5 relative (double precision); beta 1 is bit-identical to the plain model"
             ),
         ),
         Claim(

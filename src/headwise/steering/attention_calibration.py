@@ -213,7 +213,7 @@ class AttentionCalibration(ColumnEdit):
         self.begin(call)
         columns = _columns_of(self, call)
         with torch.no_grad():
-            out, call.memo["lse"] = call.attend()
+            call.memo["lse"] = call.attend()[1]
             columns.received.sums += column_sums(call)
         self.end(call)
         assert columns.sinks is not None

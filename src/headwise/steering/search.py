@@ -191,9 +191,8 @@ def search_heads(
     tried = [(one,) for one in probes] or [()]
     most_measurements = len(tried) * (len(heads) + max(1, len(strengths))) + (draws + 2) * (len(strengths) + 2)
     kind = "" if resume is None else re.sub(r" at 0x[0-9a-f]+", "", repr(edit(heads[:1], *tried[0])))
-    ledger = _Ledger(
-        resume, {"edit": kind, "plain": plain.tolist(), "unseen": unseen.tolist()}, progress, most_measurements
-    )
+    search = {"edit": kind, "plain": plain.tolist(), "unseen": unseen.tolist()}
+    ledger = _Ledger(resume, search, progress, most_measurements)
 
     def gain(chosen: list[Head], strength: tuple[float, ...], unseen_too: bool = False) -> Tensor:
         def measure() -> Tensor:
