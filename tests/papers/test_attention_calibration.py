@@ -28,17 +28,17 @@ def run(tmp_path_factory) -> Run:
 
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr(setup, "CALIBRATION", 6)
-    monkeypatch.setattr(setup, "HELD_OUT", 6)
+    monkeypatch.setattr(setup, "PROMPTS", 12)
+    monkeypatch.setattr(setup, "PROSE", 12)
 
 
 @pytest.fixture
-def backcopy(few) -> setup.Task:
+def backcopy() -> setup.Task:
     return setup.Task.of("backcopy", load_specimen("backcopy-deep").model, backcopy_prompts(12))
 
 
 @pytest.fixture
-def captions(few) -> setup.Task:
+def captions() -> setup.Task:
     return setup.pictures(12, 0)[0]
 
 

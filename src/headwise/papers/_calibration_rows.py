@@ -145,8 +145,10 @@ def sinks_hurt(run: Run, tasks: Sequence[Task]) -> tuple[Measured, dict[str, dic
         other += changes(task.model, _random_tokens(task, run.seed), score).values()
     every = [change for table in moved.values() for change in table.values()]
     helped, hurt = _kinds(every, run.seed)
-    flips = torch.from_numpy(np.random.default_rng(run.seed).choice([-1.0, 1.0], (len(every), len(every[0]))))
-    by_chance = _kinds([change * flip for change, flip in zip(every, flips, strict=True)], run.seed)
+    flips = np.random.default_rng(run.seed)
+    by_chance = _kinds(
+        [change * torch.from_numpy(flips.choice([-1.0, 1.0], len(change))) for change in every], run.seed
+    )
     random = _kinds(other, run.seed)
     best = min(every, key=lambda change: float(change.mean()))
     worst = max(every, key=lambda change: float(change.mean()))

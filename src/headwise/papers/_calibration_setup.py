@@ -18,8 +18,8 @@ from headwise.steering.attention_calibration import AttentionCalibration
 from headwise.tasks.captions import shapes_captions
 from headwise.tasks.prompted import PromptBatch
 
-# Prompts of each task on which heads are chosen, and others on which the choice is measured.
-CALIBRATION, HELD_OUT = 128, 128
+# Prompts of a task, of prose (the longest ones); on one half heads are chosen, on the other the choice is measured.
+PROMPTS, PROSE = 256, 128
 BETA, THRESHOLD, RELATIVE = 0.4, 0.1, 5.0
 SEEN_BY = 16  # rows that must see a token for it to count as a sink, so that a glance back at one word is none
 
@@ -45,8 +45,8 @@ class Task:
         cls, name: str, model: nn.Module, batch: PromptBatch, *, whole: bool = False, pictures: Tensor | None = None
     ) -> "Task":
         heads = layout(model).heads() if pictures is not None else live_heads(model, batch.input_ids[:8])
-        chosen, measured = batch.part(slice(CALIBRATION)), batch.part(slice(CALIBRATION, None))
-        return cls(name, model, chosen, measured, heads, whole, pictures)
+        half = len(batch) // 2
+        return cls(name, model, batch.part(slice(half)), batch.part(slice(half, None)), heads, whole, pictures)
 
     def accuracy(self, batch: PromptBatch) -> Callable[[], Tensor]:
         """Share of each prompt's answers that are right."""
@@ -79,15 +79,14 @@ def act(heads: Sequence[Head] | str | None = None, **options: Any) -> AttentionC
 
 def tasks(run: Run) -> list[Task]:
     """Four models on five tasks, of which each is answered in part."""
-    count = CALIBRATION + HELD_OUT
-    words = symbol_prompts(count, run.seed, needle_size=9, tasks=("needles",))["needles"]
+    words = symbol_prompts(PROMPTS, run.seed, needle_size=9, tasks=("needles",))["needles"]
     prose = load_specimen("text")
-    told = prose_prompts(prose.tokenizer, count, run.seed, length=64)
+    told = prose_prompts(prose.tokenizer, PROSE, run.seed, length=64)
     return [
         Task.of("needles", load_specimen("tasks").model, words, whole=True),
         Task.of("prose", prose.model, told, whole=True),
-        Task.of("backcopy", load_specimen("backcopy-deep").model, backcopy_prompts(count, run.seed)),
-        *pictures(count, run.seed),
+        Task.of("backcopy", load_specimen("backcopy-deep").model, backcopy_prompts(PROMPTS, run.seed)),
+        *pictures(PROMPTS, run.seed),
     ]
 
 
