@@ -178,6 +178,8 @@ def plain_rows(call: Call, index: slice | Tensor, columns: int | None = None) ->
 def rows_and_sink(call: Call, index: slice | Tensor, columns: int | None = None) -> tuple[Tensor, Tensor | None]:
     """The weights of some rows `[b h r s]`, and that of the learned sink column `[b h r 1]` where there is one."""
     scores = call.scores(index, columns)
+    if call.mask is None and call.sinks is None:  # every row sees a key
+        return scores.softmax(-1), None
     lse = log_sum_exp(scores, keepdim=True)
     sink = None
     if call.sinks is not None:

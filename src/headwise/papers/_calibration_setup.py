@@ -81,7 +81,7 @@ def tasks(run: Run) -> list[Task]:
     """Four models on five tasks, of which each is answered in part."""
     words = symbol_prompts(PROMPTS, run.seed, needle_size=9, tasks=("needles",))["needles"]
     prose = load_specimen("text")
-    told = prose_prompts(prose.tokenizer, PROSE, run.seed, length=64)
+    told = prose_prompts(prose.tokenizer, PROSE, run.seed, length=80)
     return [
         Task.of("needles", load_specimen("tasks").model, words, whole=True),
         Task.of("prose", prose.model, told, whole=True),

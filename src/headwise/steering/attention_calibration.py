@@ -41,7 +41,8 @@ def calibration_bias(
     [1.600000023841858, 0.4000000059604645]
     """
     _check_beta("calibration_bias", beta)
-    return _factors(weights, sinks, beta).log()
+    *_, grown, movable = _parted(weights, sinks, beta)
+    return torch.where(movable, torch.where(sinks, beta, grown), 1.0).log()
 
 
 def calibrate_sinks(
@@ -57,18 +58,20 @@ def calibrate_sinks(
     [0.8571429252624512, 0.0, 0.1428571492433548]
     """
     _check_beta("calibrate_sinks", beta)
-    factors = _factors(weights, sinks, beta)
-    return (weights.to(factors.dtype) * factors).to(weights.dtype)
+    own, others, grown, movable = _parted(weights, sinks, beta)
+    return torch.where(movable, own * beta + others * grown, own + others).to(weights.dtype)
 
 
-def _factors(weights: Tensor, sinks: Tensor, beta: float) -> Tensor:
+def _parted(weights: Tensor, sinks: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights on sinks and on the others, 0 elsewhere; the factor of the others; in which rows there are others."""
     work = weights.to(torch.promote_types(weights.dtype, torch.float32))
-    nothing = work.new_zeros(())
-    # Each from its own keys, never 1 minus the other: exact also where sinks take nearly all.
-    freed = torch.where(sinks, work, nothing).sum(-1, keepdim=True) * (1 - beta)
-    rest = torch.where(sinks, nothing, work).sum(-1, keepdim=True)
-    grown = 1 + freed / torch.where(rest > 0, rest, 1.0)
-    return torch.where(rest > 0, torch.where(sinks, beta, grown), 1.0)
+    own = work * sinks
+    others = work - own  # exactly the one or 0
+    # Each sum from its own keys, never 1 minus the other: exact also where sinks take nearly all.
+    rest = others.sum(-1, keepdim=True)
+    movable = rest > 0
+    grown = 1 + own.sum(-1, keepdim=True) * (1 - beta) / torch.where(movable, rest, 1.0)
+    return own, others, grown, movable
 
 
 @dataclass
@@ -176,7 +179,11 @@ class AttentionCalibration(ColumnEdit):
         received = _columns_of(self, call).received
         real = call.real_rows[:, rows.index]
         if self.statistics == "prompt":
-            received.sums[..., :n] += (real[:, None, None].to(weights.dtype) @ weights)[:, :, 0]
+            if weights.shape[2] == 1:
+                own = weights[:, :, 0] * real[:, None]
+            else:
+                own = (real[:, None, None].to(weights.dtype) @ weights)[:, :, 0]
+            received.sums[..., :n] += own
             return None
         eligible = _columns_of(self, call).eligible[:, :n]
         real = real[:, None, :, None]
