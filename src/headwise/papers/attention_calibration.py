@@ -166,16 +166,23 @@ def _draw(run: Run, views: Sequence[Any], moved: Mapping[str, Mapping[Any, Any]]
         along = {view.task: view.along(parts) for view in views}
         lines(left, places, along, x="place in the text", y="share of texts", title="Sinks behind the first token")
         left.set_ylim(-0.03, 1.03)
-        for number, (name, table) in enumerate(moved.items()):
+        left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, fontsize=8)
+        for number, table in enumerate(moved.values()):
             changes = sorted(table.values(), key=lambda change: float(change.mean()))
             means = [float(change.mean()) for change in changes]
             bounds = [2 * float(change.std()) / len(change) ** 0.5 for change in changes]
+            sure = [abs(at) > bound for at, bound in zip(means, bounds, strict=True)]
             ranks = [i / max(1, len(means) - 1) for i in range(len(means))]
             colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-            middle.errorbar(ranks, means, bounds, color=colour, marker=marker, ms=3, lw=0, elinewidth=0.8, label=name)
+            faces = [colour if certain else "none" for certain in sure]
+            middle.scatter(ranks, means, s=14, facecolors=faces, edgecolors=colour, linewidths=0.7, marker=marker)
         middle.axhline(0, color="#a9aeb4", linewidth=0.8)
         middle.set_yscale("symlog", linthresh=1e-3)
-        middle.set(xlabel="heads of a task, in order", ylabel="change of loss, nats", title="Sinks of one head damped")
+        middle.set(
+            xlabel="heads of a task, in order; filled beyond two standard errors",
+            ylabel="change of loss, nats",
+            title="Sinks of one head damped",
+        )
         names = [name.replace(" ", "\n") for name in found]
         series = {
             "chosen heads": [one.gain for one in found.values()],
