@@ -30,7 +30,6 @@ PAPER = Paper(
         "headwise.attend.received",
         "headwise.steering.search",
         "headwise.steering.calibration_heads",
-        "headwise.heads.sinks",
         "headwise.papers._calibration_rows",
         "headwise.papers._calibration_setup",
     ),
