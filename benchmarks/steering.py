@@ -25,6 +25,8 @@ from headwise.attend.groups import spans
 from headwise.hf.inputs import cache_of, with_cache
 from headwise.hf.session import steer
 from headwise.steering.attention_calibration import AttentionCalibration
+from headwise.steering.imbalanced_attention import ImbalancedAttention
+from headwise.steering.visual_attention_redistribution import VisualAttentionRedistribution, redistribute_attention
 from headwise.steering.zero_tuning import ZeroTuning
 
 LENGTHS = (640, 2048)
@@ -33,6 +35,8 @@ LAYERS, HIDDEN, HEADS, VOCABULARY = 2, 512, 8, 4096
 THIRD = "0.0-2,1.0-2"  # of the heads, in whole numbers
 IMAGE = (16, 16 + 576)  # tokens of a picture in the prompt
 BETA, RELATIVE = 0.4, 5.0  # a key is a sink above five even shares, as in the text of the paper: 4 to 17 a head here
+VISUAL_SINKS = (0, 80, 300)  # the first token and two of the picture
+LOCAL, SUMMARY = (16, 160), (300, 320)  # what a vision tower would single out
 OnWeights = Callable[[Tensor, int], Tensor]  # weights [b h t s], layer -> weights
 
 
@@ -71,6 +75,16 @@ def calibrate(weights: Tensor, layer: int) -> Tensor:
     return changed
 
 
+def redistribute(weights: Tensor, layer: int) -> Tensor:
+    t, s = weights.shape[-2:]
+    column = torch.arange(s, device=weights.device)[None]
+    sinks = torch.isin(column, torch.tensor(VISUAL_SINKS, device=weights.device))
+    image = (column >= IMAGE[0]) & (column < IMAGE[1])
+    return redistribute_attention(
+        weights, sinks, image, non_sink_ratio=0.0, min_image_mass=0.0, rows=column[:, s - t :] >= IMAGE[1]
+    )
+
+
 # One entry a method; the first two show what its machinery costs at the least.
 METHODS: dict[str, Method] = {
     "zero-tuning": Method(lambda: ZeroTuning(gamma=1.6), zero_tuning),
@@ -81,6 +95,31 @@ METHODS: dict[str, Method] = {
     ),
     "attention-calibration, running, a third of the heads": Method(
         lambda: AttentionCalibration(heads=THIRD, beta=BETA, relative=True, statistics="running"), aim=1.5
+    ),
+    "visual-attention-redistribution": Method(
+        lambda: VisualAttentionRedistribution(
+            image=spans([IMAGE]),
+            sinks=spans([(sink, sink + 1) for sink in VISUAL_SINKS]),
+            layers=slice(None),
+            non_sink_ratio=0.0,
+            min_image_mass=0.0,
+        ),
+        redistribute,
+        aim=1.25,
+    ),
+    "imbalanced-attention": Method(
+        lambda: ImbalancedAttention(
+            local_group=spans([LOCAL]), summary_group=spans([SUMMARY]), image=spans([IMAGE]), layers=slice(None)
+        )
+    ),
+    "imbalanced-attention, bias": Method(
+        lambda: ImbalancedAttention(
+            local_group=spans([LOCAL]),
+            summary_group=spans([SUMMARY]),
+            image=spans([IMAGE]),
+            layers=slice(None),
+            mode="bias",
+        )
     ),
 }
 
