@@ -28,7 +28,7 @@ from headwise.hf.session import attach, steer
 from headwise.steering.attention_calibration import AttentionCalibration
 from headwise.steering.imbalanced_attention import ImbalancedAttention
 from headwise.steering.vision_head_reinforcement import VisionAwareHeadReinforcement
-from headwise.steering.visual_attention_redistribution import VisualAttentionRedistribution
+from headwise.steering.visual_attention_redistribution import VisualAttentionRedistribution, redistribute_attention
 from headwise.steering.zero_tuning import ZeroTuning
 
 LENGTHS = (640, 2048)
@@ -36,9 +36,9 @@ DECODED = 32
 LAYERS, HIDDEN, HEADS, VOCABULARY = 2, 512, 8, 4096
 THIRD = "0.0-2,1.0-2"  # of the heads, in whole numbers
 IMAGE = (16, 16 + 576)  # tokens of a picture in the prompt
-SINKS = [(100, 102), (300, 302)]  # tokens of the picture that stand for its sinks
-TRANSFER = 0.6
 BETA, RELATIVE = 0.4, 5.0  # a key is a sink above five even shares, as in the text of the paper: 4 to 17 a head here
+VISUAL_SINKS = (0, 80, 300)  # the first token and two of the picture
+LOCAL, SUMMARY = (16, 160), (300, 320)  # what a vision tower would single out
 OnWeights = Callable[[Tensor, int], Tensor]  # weights [b h t s], layer -> weights
 
 
@@ -78,19 +78,13 @@ def calibrate(weights: Tensor, layer: int) -> Tensor:
 
 
 def redistribute(weights: Tensor, layer: int) -> Tensor:
-    """Of every row behind the picture that looks at it, a share of the sinks' weight goes to its other tokens."""
-    members = torch.zeros(2, weights.shape[-1], dtype=torch.bool, device=weights.device)
-    members[0, IMAGE[0] : IMAGE[1]] = True
-    for start, stop in SINKS:
-        members[1, start:stop] = True
-    image, sinks = members
-    seen, others = weights[..., image].sum(-1, keepdim=True), weights[..., image & ~sinks].sum(-1, keepdim=True)
-    last = torch.arange(weights.shape[-1], device=weights.device)[-weights.shape[2] :, None]
-    touched = (seen >= 0.2) & (others >= 0.5 * seen) & (last >= IMAGE[1])
-    freed = TRANSFER * weights[..., sinks].sum(-1, keepdim=True)
-    grown = weights * (1 + freed / others.clamp_min(1e-9))
-    changed = torch.where(sinks, (1 - TRANSFER) * weights, torch.where(image, grown, weights))
-    return torch.where(touched, changed, weights)
+    t, s = weights.shape[-2:]
+    column = torch.arange(s, device=weights.device)[None]
+    sinks = torch.isin(column, torch.tensor(VISUAL_SINKS, device=weights.device))
+    image = (column >= IMAGE[0]) & (column < IMAGE[1])
+    return redistribute_attention(
+        weights, sinks, image, non_sink_ratio=0.0, min_image_mass=0.0, rows=column[:, s - t :] >= IMAGE[1]
+    )
 
 
 # One entry a method; head scale and token boost show what its machinery costs at the least.
@@ -106,14 +100,27 @@ METHODS: dict[str, Method] = {
     ),
     "visual-attention-redistribution": Method(
         lambda: VisualAttentionRedistribution(
-            transfer=TRANSFER, layers=slice(None), image=spans([IMAGE]), sinks=spans(SINKS)
+            image=spans([IMAGE]),
+            sinks=spans([(sink, sink + 1) for sink in VISUAL_SINKS]),
+            layers=slice(None),
+            non_sink_ratio=0.0,
+            min_image_mass=0.0,
         ),
         redistribute,
         aim=1.25,
     ),
     "imbalanced-attention": Method(
         lambda: ImbalancedAttention(
-            layers=slice(None), local_group=spans([(20, 160)]), summary_group=spans([(300, 310)]), image=spans([IMAGE])
+            local_group=spans([LOCAL]), summary_group=spans([SUMMARY]), image=spans([IMAGE]), layers=slice(None)
+        )
+    ),
+    "imbalanced-attention, bias": Method(
+        lambda: ImbalancedAttention(
+            local_group=spans([LOCAL]),
+            summary_group=spans([SUMMARY]),
+            image=spans([IMAGE]),
+            layers=slice(None),
+            mode="bias",
         )
     ),
     # Its aim is beside the second forward without the picture: 64 of 640 tokens, or 1,472 of 2,048.

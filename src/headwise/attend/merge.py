@@ -18,6 +18,7 @@ from headwise.ops.softmax import log_sum_exp
 __all__ = ["key_bias", "merge_sets", "regroup_rows", "split_and_merge"]
 
 SMALL = 64  # up to so many keys, or an eighth of all, an atom is cheaper by a direct product than by a fused call
+FEW_GROUPS = 3  # for a decoded token; they make eight atoms
 DIRECT_BYTES = 2**26  # of weights formed by a direct product
 NOTHING = -1.5e4  # a log-mass below it is that of keys which are hidden
 LARGEST_FOLDED_BIAS = 80.0  # beyond it a float32 score would lose digits; such constants are merged instead
@@ -61,11 +62,42 @@ def key_bias(call: Call, edits: Sequence[GroupEdit]) -> Tensor | None:
 
 def split_and_merge(call: Call, edits: Sequence[GroupEdit]) -> Tensor:
     """`[b h t e]` attention under edits on key groups."""
+    if call.q.shape[2] == 1 and 0 < sum(len(edit.groups(call)) for edit in edits) <= FEW_GROUPS:
+        return _one_row(call, edits)
     atoms, inside, rest = _atoms(call, edits)
     outs, lses = zip(*[_attend_atom(call, atom) for atom in atoms], call.attend(only=rest), strict=True)
     log_mass = torch.stack([*lses, *_sink_column(call, lses[0])], -1)
     log_mass = _reweigh(log_mass, inside, edits, call)
     return _merged(outs, log_mass).to(call.q.dtype)
+
+
+def _one_row(call: Call, edits: Sequence[GroupEdit]) -> Tensor:
+    """The same for a decoded token, in few small steps: its row of scores is formed and shifted atom by atom."""
+    groups = tuple(group for edit in edits for group in edit.groups(call))
+    s = call.k.shape[2]
+    codes, atoms, inside = call.key_step.once(("one row", groups, s), lambda: _codes(call, groups))
+    scores = call.scores(slice(None))  # b h 1 s
+    lse = log_sum_exp(scores[..., None, :].masked_fill(~atoms[:, None, None], -torch.inf))
+    lse = lse.masked_fill(lse < NOTHING, -torch.inf)
+    log_mass = _reweigh(
+        torch.cat([lse, *(x[..., None] for x in _sink_column(call, lse[..., 0]))], -1), inside, edits, call
+    )
+    shift = (log_mass[..., : lse.shape[-1]] - lse.masked_fill(torch.isneginf(lse), 0)).masked_fill(
+        torch.isneginf(lse), -torch.inf
+    )
+    b, h = scores.shape[:2]
+    weights = (scores + shift.gather(-1, codes[:, None, None].expand(b, h, 1, s))).exp()
+    out = weights.view(b, call.k.shape[1], call.groups, s) @ call.v.to(weights.dtype)
+    return out.view(b, h, 1, -1).to(call.q.dtype)
+
+
+def _codes(call: Call, groups: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    """The atom of every column `[b, s]`, the columns of every atom `[b, a, s]`, the atoms of every group `[g, a]`."""
+    members = torch.stack([call.columns(group.members(call.key_step)) for group in groups])  # g b s
+    power = torch.arange(len(groups), device=members.device)
+    codes = (members.long() << power[:, None, None]).sum(0)
+    every = torch.arange(2 ** len(groups), device=members.device)
+    return codes, codes[:, None] == every[:, None], (every >> power[:, None] & 1).bool()
 
 
 def _merged(outs: Sequence[Tensor], log_mass: Tensor) -> Tensor:

@@ -50,6 +50,10 @@ PAPER = Paper(
                 "interval over 512 unseen pictures excludes 0"
             ),
             control="the cell is the better of two, chosen on 512 other pictures",
+            known=(
+                "the model gives a cell that is empty in every picture about a third of what it gives a shape: no "
+                "image token is looked at whatever the text says, as happens in large models"
+            ),
         ),
         Claim(
             id="massive",
@@ -64,6 +68,10 @@ PAPER = Paper(
                 "hidden size of 400)"
             ),
             control="the same figure in a copy into which two visual sinks were implanted",
+            known=(
+                "the largest activation of an image token is 3.8 to 5.6 times the root mean square of its row, of a "
+                "bound of 8: massive activations do not come up in minutes of training at a hidden size of 64"
+            ),
         ),
         Claim(
             id="removable",
@@ -79,6 +87,11 @@ PAPER = Paper(
                 "paired intervals)"
             ),
             control="two random cells with shapes; two random empty cells; the model without sinks",
+            known=(
+                "hiding the two sinks is a gain of 16 to 31 points in all three models, but hiding two shapes costs "
+                "13, 8 and 11 points, on both sides of the 10 that were asked for: with 17 to 26 % right under the "
+                "sinks there is little to lose"
+            ),
         ),
         Claim(
             id="focus",
@@ -106,6 +119,11 @@ PAPER = Paper(
                 "same layer and row, and than VAR in all heads; both 95 % paired intervals exclude 0"
             ),
             control="as many random heads of the layer in every row; all heads",
+            known=(
+                "the rule leaves out heads in which sinks hold more than half of the attention on the image; an "
+                "implanted sink gets 12 to 16 times the attention of another image token, so that the heads it "
+                "hurts most are left out, and random heads (by 3 to 5 points) and all heads (by 8 to 16) gain more"
+            ),
         ),
         Claim(
             id="improves",
@@ -121,6 +139,10 @@ PAPER = Paper(
                 "right; the 95 % paired interval over 1,024 pictures of the smallest gain excludes 0"
             ),
             control="the accuracy on ordinary pictures under VAR, printed beside it",
+            known=(
+                "more shapes are named right and fewer typical successors said in all three models (each interval "
+                "excludes 0), but questions move by 0.0, +1.2 and -0.1 points"
+            ),
         ),
         Claim(
             id="effective",
@@ -137,6 +159,11 @@ PAPER = Paper(
             control=(
                 "the same share taken from the sinks in all heads and given to all keys in proportion; random heads; "
                 "all heads; transfer 0.4, as in the authors' code"
+            ),
+            known=(
+                "VAR moves attention only in heads in which the sinks hold less than half of the attention on the "
+                "image, and gives back 5 to 11 % of the loss; the same share moved in all heads gives back 63 to 76 "
+                "%"
             ),
         ),
         Claim(
