@@ -9,7 +9,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,16 @@ class _Context:
 
     edits: list[BoundEdit]
     probes: list[Probe]
+    watches: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def watch(self, model: nn.Module, step: Callable[[], Step | None]) -> None:
+        """Let the edits hang their hooks on a model, and bring their probes. None hangs there if it raises."""
+        with contextlib.ExitStack() as hung:
+            for bound in self.edits:
+                for undo in bound.edit.watch(model, step):
+                    hung.callback(undo)
+            self.probes = [*self.probes, *(probe for bound in self.edits for probe in bound.edit.probes())]
+            self.watches = hung.pop_all()
 
 
 class Handle:
@@ -118,7 +128,7 @@ def _bind(model: nn.Module, items: Sequence[Edit | Probe], layout: Layout, score
             if edit.neutral:
                 continue
             heads: dict[tuple[str, int], list[int]] = {}
-            for head in select(edit.heads):
+            for head in edit.named(layout, scores):
                 heads.setdefault((head.tower, head.layer), []).append(head.head)
             edits.append(BoundEdit(edit, {place: sorted(named) for place, named in heads.items()}))
     return _Context(edits, probes)
@@ -136,6 +146,7 @@ class PointSession:
         return _bind(self.model, items, self.layout, scores)
 
     def open(self, context: _Context) -> None:
+        context.watch(self.model, lambda: None)
         self.contexts.append(context)
         self._show()
 
@@ -143,6 +154,7 @@ class PointSession:
         with dispatch.LOCK:
             self.contexts = [c for c in self.contexts if c is not context]
             self._show()
+        context.watches.close()
 
     def _show(self) -> None:
         edits = [bound for context in self.contexts for bound in context.edits]
@@ -184,8 +196,13 @@ class Session:
                 "steer: this model already has edits from another thread, and they would mix; steer it from one "
                 "thread, or give each thread a model of its own"
             )
+        context.watch(self.model, lambda: self.step(self.layout.main.name))
         if not self.contexts:
-            self._install()
+            try:
+                self._install()
+            except BaseException:
+                context.watches.close()
+                raise
         self.owner = thread
         self.contexts.append(context)
 
@@ -194,6 +211,7 @@ class Session:
             self.contexts = [c for c in self.contexts if c is not context]
             if not self.contexts:
                 self._uninstall()
+        context.watches.close()
 
     def _install(self) -> None:
         if any(id(module) in dispatch._handlers for module in self.places):
@@ -216,6 +234,7 @@ class Session:
             for stack, names in towers.items():
                 hook = self._enter_stack(stack, names)
                 self._hooks.append(stack.register_forward_pre_hook(hook, with_kwargs=True))
+                self._hooks.append(stack.register_forward_hook(self._leave_stack(names)))
             for module in self.places:
                 projection = output_projection(module, self.model)
                 self._hooks.append(projection.register_forward_hook(self._mixed(module, projection)))
@@ -262,6 +281,15 @@ class Session:
                 outer = {} if tower in ("decoder", "cross") else getattr(self._thread, "outer", {})
                 trackers[tower].begin(args, kwargs, outer)
                 self._latest[tower] = trackers[tower]
+
+        return hook
+
+    def _leave_stack(self, towers: list[str]):
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            trackers = self._trackers()
+            for tower in towers:
+                if tower in trackers:
+                    trackers[tower].end(output)
 
         return hook
 
