@@ -135,7 +135,7 @@ PAPER = Paper(
             ),
             control="the Importance Factor before training; the attention received; distance to the channel's median",
             known=(
-                "what the Importance Factor tells is there before training (0.9888 against 0.9887 after it, all seeds): "
+                "what the Importance Factor tells is there before training (0.9888, and 0.9887 after it, all seeds): "
                 "it says how far from the mean a value lies, and learning adds nothing to that"
             ),
         ),
