@@ -29,6 +29,10 @@ PAPER = Paper(
         "headwise.papers._picture_runs",
     ),
     specimens=("vision-language",),
+    changed=(
+        "captions that the model writes end where it ends them; in the first run they were held open to eight tokens, "
+        "which put a comma in the place of their end"
+    ),
     claims=(
         Claim(
             id="hallucinates",
