@@ -80,9 +80,7 @@ def naavit_mask(visual_mask: Mask, attention_mask: Mask | None = None) -> Bool[T
     return (causal & real[:, None] & (real & ~visual_mask.bool())[:, :, None])[:, None]
 
 
-def text_rows_mask(
-    rows: TextRows, length: int, attention_mask: Mask | None = None
-) -> Bool[Tensor, "b 1 t s"]:
+def text_rows_mask(rows: TextRows, length: int, attention_mask: Mask | None = None) -> Bool[Tensor, "b 1 t s"]:
     """The rows of `naavit_mask` that are text; rows that are not real see nothing. length: s."""
     columns = torch.arange(length, device=rows.index.device)
     seen = (columns <= rows.index[..., None]) & rows.real[..., None]

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.models.llama.modeling_llama import rotate_half
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from headwise.attention.naavit import TextRows
 from headwise.errors import UnsupportedModel

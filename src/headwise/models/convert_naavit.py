@@ -18,7 +18,7 @@ from headwise.models._saisa_layers import check_language_model
 from headwise.models.conversion import chosen_layers, replace_module
 from headwise.models.saisa import LayerProjectors, SaisaConfig, SaisaForConditionalGeneration, SaisaModel
 
-__all__ = ["CONVERTERS"]
+__all__ = []
 
 
 def to_naavit(model: nn.Module, layers: Iterable[int] | None = None) -> nn.Module:

@@ -86,9 +86,9 @@ class SaisaConfig(LlavaConfig):
             "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
         }  # fmt: skip
         text = {
-            "model_type": "llama", "vocab_size": 64, "hidden_size": 48, "intermediate_size": 80, "initializer_range": 0.2,
-            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-            "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3,
+            "model_type": "llama", "vocab_size": 64, "hidden_size": 48, "intermediate_size": 80,
+            "initializer_range": 0.2, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3,
         }  # fmt: skip
         sizes = {
             "vision_config": vision, "text_config": text, "image_token_index": 1, "image_seq_length": 16,
@@ -142,7 +142,9 @@ class SaisaModel(LlavaModel):
         if self.config.alignment == "saisa":
             projectors: Any = self.multi_modal_projector
             if len(projectors) != len(layers):
-                raise ValueError(f"SaisaModel: {len(projectors)} projectors for {len(layers)} layers; give each its own")
+                raise ValueError(
+                    f"SaisaModel: {len(projectors)} projectors for {len(layers)} layers; give each its own"
+                )
             return [project(projector, features) for projector in projectors]
         x, inputs = features, []
         for layer in layers:
@@ -221,7 +223,8 @@ class SaisaModel(LlavaModel):
         text = self.language_model.config
         names = ("output_attentions", "output_hidden_states")
         asked = any(kwargs.get(name, getattr(text, name, False)) for name in names)
-        checkpointed = self.training and self.language_model.is_gradient_checkpointing
+        layers: Any = self.language_model.layers
+        checkpointed = self.training and any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
         return asked or checkpointed or (text._attn_implementation or "").startswith("headwise")
 
     def _rows(self, visual: Tensor, kwargs: Mapping[str, Any]) -> tuple[TextRows, Tensor | None]:
@@ -390,5 +393,5 @@ def saisa_state(state: Mapping[str, Any], config: SaisaConfig) -> dict[str, Tens
         else:
             made[re.sub(r"^model\.", "model.language_model.", name)] = value
     if lacking := sorted(set(range(layers)) - found):
-        raise ValueError(f"saisa_state: layer {lacking[0]} of {layers} has no mm_projector; is this a SAISA checkpoint?")
+        raise ValueError(f"saisa_state: layer {lacking[0]} of {layers} has no mm_projector; is it a SAISA checkpoint?")
     return made

@@ -83,7 +83,7 @@ def prefill_flops(config: Any, text: int, image: int) -> int:
     >>> from headwise.models.saisa import SaisaConfig
     >>> small = SaisaConfig.example("embedding"), SaisaConfig.example("saisa")
     >>> [prefill_flops(config, text=10, image=16) for config in small]
-    [2978304, 1981440]
+    [3387648, 1845504]
     """
     return sum(prefill_parts(config, text, image))
 
