@@ -126,3 +126,83 @@ def test_what_cannot_be_done_says_why():
     uneven[0, :2] = uneven[1, 0] = True
     with pytest.raises(ValueError, match=r"rows have \[2, 1\] tokens"):
         without({"input_ids": inputs["input_ids"]}, uneven, "swap")
+
+
+def two_pictures(name, padded):
+    """Two prompts, each with two pictures apart from each other; with padding, row i starts i + 1 tokens later."""
+    family = FAMILIES[name]
+    model, n, length = family.build(), family.image_tokens, 14 + 2 * family.image_tokens
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(8, 30, (2, length), generator=generator)
+    image = model.config.image_token_id
+    places = torch.zeros(2, length, dtype=torch.bool)
+    for row in range(2):
+        for start in (6 + row, 6 + row + n + 3):
+            places[row, start : start + n] = True
+            if name != "llava":  # Qwen's positions follow the marks around a picture
+                ids[row, start - 1] = model.config.vision_start_token_id
+                ids[row, start + n] = model.config.vision_end_token_id
+    ids[places] = image
+    inputs = {"input_ids": ids}
+    if padded:
+        mask = torch.ones_like(ids)
+        mask[0, :1] = mask[1, :2] = 0
+        inputs = {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+    if name == "llava":
+        inputs["pixel_values"] = torch.randn(4, 3, 16, 16, generator=generator)
+    else:
+        rows, columns = family.extras["grid"]
+        inputs["pixel_values"] = torch.randn(4 * rows * columns, 3 * 2 * 4 * 4, generator=generator)
+        inputs["image_grid_thw"] = torch.tensor([[1, rows, columns]] * 4)
+        inputs["mm_token_type_ids"] = (ids == image).long()
+    return model, inputs, places
+
+
+def first_stream(model, inputs):
+    stream = []
+    hook = model.model.language_model.layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: stream.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(**inputs)
+    hook.remove()
+    return stream[0]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", VISUAL)
+def test_several_pictures_in_a_prompt_with_and_without_padding(name, padded):
+    model, inputs, places = two_pictures(name, padded)
+    found = image_positions(model, inputs)
+    assert torch.equal(found, places)
+    changed = first_stream(model, inputs) != first_stream(
+        model, {**inputs, "pixel_values": inputs["pixel_values"].flip(0)}
+    )
+    assert torch.equal(changed.any(-1), places), "what the pictures change is what is marked"
+    twin = without(inputs, found, model=model)
+    assert torch.equal(twin["input_ids"], inputs["input_ids"][~places].view(2, -1)), "all pictures go together"
+    for row in range(2):  # the batch is its rows
+        keep = ~places[row] if not padded else ~places[row] & inputs["attention_mask"][row].bool()
+        alone = {"input_ids": inputs["input_ids"][row : row + 1, keep]}
+        with torch.no_grad():
+            torch.testing.assert_close(
+                model(**twin).logits[row, -1], model(**alone).logits[0, -1], rtol=1e-4, atol=1e-4
+            )
+    part = places & (torch.cumsum(places.int(), 1) <= FAMILIES[name].image_tokens)
+    with pytest.raises(ValueError, match="image tokens; the model takes pictures whole"):
+        without(inputs, part, model=model)
+
+
+@pytest.mark.parametrize("name", VISUAL)
+def test_padding_in_front_moves_positions_and_nothing_else(name):
+    model, inputs, _ = two_pictures(name, padded=False)
+    found = image_positions(model, inputs)
+    moved = dict(inputs)
+    for key, value in inputs.items():
+        if value.shape[:2] == found.shape:
+            moved[key] = torch.nn.functional.pad(value, (3, 0))
+    moved["attention_mask"] = torch.nn.functional.pad(torch.ones_like(inputs["input_ids"]), (3, 0))
+    shifted = image_positions(model, moved)
+    assert torch.equal(shifted[:, 3:], found) and not shifted[:, :3].any()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**moved).logits[:, -1], model(**inputs).logits[:, -1], rtol=1e-4, atol=1e-4)

@@ -8,7 +8,7 @@ which it is the identity bit for bit. Edits act in three stages, each in the ord
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -50,6 +50,14 @@ class Edit:
     def primitives(self) -> tuple["Edit", ...]:
         """The edits that do the work: an edit by itself, a method the primitives that it is made of."""
         return (self,)
+
+    def attached(self, model: Any, select: Callable[[Heads], list[Head]]) -> tuple["Edit", ...]:
+        """The edits that do the work on one model, asked for when it is steered; `primitives` where they are the same
+        on all models.
+
+        select: the heads of this model that a selection names.
+        """
+        return self.primitives()
 
     def key_groups(self) -> tuple[KeyGroup, ...]:
         """The key groups that this edit names."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.hf._residual import Place
+from headwise.hf.dispatch import is_aside
 from headwise.hf.shares import HeadShare
 
 __all__ = ["Spot", "fitting", "hook", "joined", "split"]
@@ -104,6 +105,8 @@ def _register(spot: Spot, act: Callable[[Tensor], Tensor | None]) -> Any:
 def _before(
     key: int | str, act: Callable[[Tensor], Tensor | None], module: nn.Module, args: tuple, kwargs: dict
 ) -> tuple[tuple, dict] | None:
+    if is_aside():
+        return None
     if isinstance(key, int) and key >= len(args):  # given by keyword this time
         key = list(inspect.signature(type(module).forward).parameters)[key + 1]
     made = act(args[key] if isinstance(key, int) else kwargs[key])
@@ -118,6 +121,8 @@ def _after(
     element: int | None, act: Callable[[Tensor], Tensor | None], module: nn.Module, args: tuple, output: Any
 ) -> Any:
     del module, args
+    if is_aside():
+        return None
     if isinstance(output, Tensor):
         return act(output)
     if hasattr(output, "logits"):

@@ -8,11 +8,12 @@ Mechanisms that stand in for a trained model's attention use the same entry: `of
 previous implementation. What only gates the heads of an ordinary softmax says so, and its weights stay within reach.
 """
 
+import contextlib
 import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +28,12 @@ from headwise.errors import UnsupportedModel
 __all__ = [
     "NAME",
     "Mechanism",
+    "aside",
     "assign",
     "base_function",
     "base_name",
     "gates_of",
+    "is_aside",
     "mechanism_of",
     "offer",
     "previous_function",
@@ -50,6 +53,8 @@ NAME = "headwise"
 Mechanism = Callable[..., tuple[Tensor, Tensor | None]]
 
 LOCK = threading.RLock()
+
+_local = threading.local()  # .aside: what takes this thread's calls while `aside` is open
 
 
 @dataclass
@@ -195,6 +200,25 @@ def seen(module: nn.Module, query: Tensor, key: Tensor, mask: Any) -> Any:
     return mask if offered is None or offered.sees is None else offered.sees(module, query, key, mask)
 
 
+@contextlib.contextmanager
+def aside(function: Callable[..., tuple[Tensor, Tensor | None]]) -> Iterator[None]:
+    """While open, every attention call of this thread goes to `function(module, q, k, v, mask, **options)`.
+
+    For a forward that something does beside the one that runs: probes, edits and recordings do not see it.
+    """
+    before = getattr(_local, "aside", None)
+    _local.aside = function
+    try:
+        yield
+    finally:
+        _local.aside = before
+
+
+def is_aside() -> bool:
+    """Whether this thread is in a forward beside the one that runs."""
+    return getattr(_local, "aside", None) is not None
+
+
 def switch(config: Any) -> None:
     """Send the attention of every module with this config through headwise. Counted: restore as often."""
     with LOCK:
@@ -273,7 +297,7 @@ def _attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    handler = _handlers.get(id(module))
+    handler = getattr(_local, "aside", None) or _handlers.get(id(module))
     if handler is None:
         handler = previous_function(module)
     return handler(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from headwise.errors import UnsupportedModel
 from headwise.hf.addresses import unwrap
 
-__all__ = ["image_positions", "without"]
+__all__ = ["image_positions", "image_token", "without"]
 
 IMAGE_TOKEN = ("image_token_id", "image_token_index")
 # What a processor gives beside the text; none of it is aligned with tokens.
@@ -25,7 +25,7 @@ def image_positions(model: nn.Module, inputs: Mapping[str, Any]) -> Bool[Tensor,
 
     Raises UnsupportedModel for a model without an image token, ValueError for inputs without token ids or pictures.
     """
-    token = _image_token(model)
+    token = image_token(model)
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor):
         raise ValueError(
@@ -84,7 +84,8 @@ def without(
     return twin
 
 
-def _image_token(model: nn.Module) -> int:
+def image_token(model: nn.Module) -> int:
+    """The id of the token that stands for image features. Raises UnsupportedModel for a model without one."""
     inner = unwrap(model)
     for name in IMAGE_TOKEN:
         token = getattr(inner.config, name, None)
@@ -102,7 +103,7 @@ def _pictures_in(inputs: Mapping[str, Any], ids: Tensor, group: Tensor, model: n
         return torch.zeros_like(group)
     if model is None:
         raise ValueError("without: inputs holds pictures; give model= too, to tell image tokens from words")
-    images = ids == _image_token(model)
+    images = ids == image_token(model)
     chosen = images & group
     if bool(chosen.any()) and not torch.equal(chosen, images):
         raise ValueError(

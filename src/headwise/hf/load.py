@@ -67,7 +67,7 @@ def register(names: Callable[[], Iterable[str]], load: Callable[..., Any]) -> No
     """Make names known to `load`. Registering the same functions again changes nothing.
 
     names: lists the names. load: ``load(name, dtype=...)`` gives an object with ``model`` and ``tokenizer`` and, where
-    it has them, ``head_map`` and ``card``; it also gets ``name@rest`` where ``name`` is one of its own.
+    it has them, ``processor``, ``head_map`` and ``card``; it also gets ``name@rest`` where ``name`` is one of its own.
     """
     _RESOLVERS[f"{load.__module__}.{load.__qualname__}"] = _Resolver(names, load)
 
@@ -114,6 +114,7 @@ def _resolved(resolver: _Resolver, name: str, device: torch.device, dtype: torch
         model=found.model.to(device).eval(),
         tokenizer=found.tokenizer,
         name=name,
+        processor=getattr(found, "processor", None),
         head_map=getattr(found, "head_map", None),
         card=getattr(found, "card", None) or {},
     )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from headwise.attend.addresses import Head, Layout, select_heads
 from headwise.attend.call import Call
-from headwise.attend.edit import Edit, OutputEdit
+from headwise.attend.edit import Edit, Heads, OutputEdit
 from headwise.attend.machine import BoundEdit, attend
 from headwise.attend.point import PointVisit, head_points, point_layout
 from headwise.attend.read import Probe, Reading
@@ -101,20 +101,24 @@ def probe(model: nn.Module, *probes: Probe) -> Iterator[tuple[Probe, ...]]:
         handle.remove()
 
 
-def _bind(items: Sequence[Edit | Probe], layout: Layout, scores: Scores | None) -> _Context:
+def _bind(model: nn.Module, items: Sequence[Edit | Probe], layout: Layout, scores: Scores | None) -> _Context:
     """Resolve the heads of edits. Nothing has changed if it raises."""
     edits, probes = [], []
+
+    def select(heads: Heads) -> list[Head]:
+        return select_heads(heads, layout, scores=scores)
+
     for item in items:
         if isinstance(item, Probe):
             probes.append(item)
             continue
         if not isinstance(item, Edit):
             raise TypeError(f"steer: {item!r} is {type(item).__name__}; give edits (headwise.steering, .attend)")
-        for edit in item.primitives():
+        for edit in item.attached(model, select):
             if edit.neutral:
                 continue
             heads: dict[tuple[str, int], list[int]] = {}
-            for head in select_heads(edit.heads, layout, scores=scores):
+            for head in select(edit.heads):
                 heads.setdefault((head.tower, head.layer), []).append(head.head)
             edits.append(BoundEdit(edit, {place: sorted(named) for place, named in heads.items()}))
     return _Context(edits, probes)
@@ -129,7 +133,7 @@ class PointSession:
         self.contexts: list[_Context] = []
 
     def bind(self, items: Sequence[Edit | Probe], scores: Scores | None) -> _Context:
-        return _bind(items, self.layout, scores)
+        return _bind(self.model, items, self.layout, scores)
 
     def open(self, context: _Context) -> None:
         self.contexts.append(context)
@@ -171,7 +175,7 @@ class Session:
     # Opening and closing
 
     def bind(self, items: Sequence[Edit | Probe], scores: Scores | None) -> _Context:
-        return _bind(items, self.layout, scores)
+        return _bind(self.model, items, self.layout, scores)
 
     def open(self, context: _Context) -> None:
         thread = threading.get_ident()
@@ -234,6 +238,8 @@ class Session:
     # Following the sequence
 
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if dispatch.is_aside():
+            return
         given = dict(kwargs)
         if args and isinstance(args[0], Tensor) and not args[0].is_floating_point():
             given.setdefault("input_ids", args[0])
@@ -246,6 +252,8 @@ class Session:
             image_token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if dispatch.is_aside():
+                return
             trackers = self._trackers()
             for tower in towers:
                 if tower not in trackers:
@@ -380,7 +388,8 @@ class Session:
         def hook(_: nn.Module, args: tuple, mixed: Tensor) -> None:
             probes = [p for c in self.contexts for p in c.probes if p.reads_outputs]
             seen, call = getattr(self._thread, "call", (None, None))
-            if not probes or seen is not module or call is None or torch._C._current_graph_task_id() != -1:
+            replayed = torch._C._current_graph_task_id() != -1 or dispatch.is_aside()
+            if not probes or seen is not module or call is None or replayed:
                 return
             z = args[0].detach()
             mixed = (mixed[0] if isinstance(mixed, tuple) else mixed).detach()

@@ -9,6 +9,7 @@ import ast
 import difflib
 import functools
 import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -38,7 +39,8 @@ class Specimen:
     """A loaded specimen. head_map: the path of its recorded head map, None where none was recorded.
 
     folder: where the weights lie, None for a specimen that is built by code. step: the training step of a checkpoint,
-    None for the finished model.
+    None for the finished model. processor: takes pictures and text, None for a model that reads text alone and where
+    pillow is not installed.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Specimen:
     head_map: Path | None = None
     folder: Path | None = None
     step: int | None = None
+    processor: Any = None
 
 
 @functools.cache
@@ -115,10 +118,12 @@ def load_specimen(name: str, *, dtype: Any = None) -> Specimen:
 def read_specimen(folder: Path, name: str, at: str = "", dtype: Any = None) -> Specimen:
     """A specimen from a folder that `train_specimen` wrote."""
     import torch
+    import transformers
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(
+    written_for = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    model = getattr(transformers, written_for).from_pretrained(
         folder, dtype=torch.float32 if dtype is None else dtype, local_files_only=True, use_safetensors=True
     )
     step = None
@@ -146,7 +151,17 @@ def read_specimen(folder: Path, name: str, at: str = "", dtype: Any = None) -> S
         heads if heads.exists() and step is None else None,
         folder,
         step,
+        _processor(folder),
     )
+
+
+def _processor(folder: Path) -> Any:
+    """What takes pictures and text, where the folder has one and pillow is installed."""
+    if not (folder / "processor_config.json").exists() or importlib.util.find_spec("PIL") is None:
+        return None
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(folder, local_files_only=True)
 
 
 def train_specimen(
@@ -192,11 +207,12 @@ def write_specimen(
     tokens: Any,
     card: dict[str, Any],
     name: str,
-    checkpoints: dict[int, dict[str, Any]] | None = None,
+    checkpoints: dict[Any, dict[str, Any]] | None = None,
 ) -> Path:
     """Write model (bfloat16 where it was trained), tokenizer, card and checkpoints; the folder appears whole or not.
 
-    tokens: a tokenizer, or the words of `word_tokenizer`.
+    tokens: a tokenizer, a processor with one in it, or the words of `word_tokenizer`.
+    checkpoints: other weights, by training step or by another name ("seed-1").
     A `heads.json` of an earlier training is not kept: it described other weights.
     """
     import torch
@@ -226,9 +242,10 @@ def write_specimen(
         stored.save_pretrained(made)
         (tokens if hasattr(tokens, "save_pretrained") else word_tokenizer(tokens)).save_pretrained(made)
         for step, state in sorted((checkpoints or {}).items()):
+            file = step if isinstance(step, str) else f"step-{step}"
             save_file(
                 {key: value.to(torch.bfloat16).contiguous() for key, value in state.items()},
-                made / f"step-{step}.safetensors",
+                made / f"{file}.safetensors",
             )
         (made / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
         if out.exists():
