@@ -65,6 +65,16 @@ def test_a_converted_model_survives_the_disk_and_switches(to: str, tmp_path: Pat
     assert torch.equal(model.generate(**given, **options), again.generate(**given, **options))
 
 
+def test_a_loaded_llava_is_saved_under_names_that_are_found_again(tmp_path: Path):
+    """transformers saves what it loaded under the names that it found; those of older LLaVAs are not ours."""
+    llava().save_pretrained(tmp_path / "llava")
+    loaded: Any = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava").eval()
+    model, given = headwise.convert(loaded, to="naavit"), inputs()
+    model.save_pretrained(tmp_path / "naavit")
+    again: Any = SaisaForConditionalGeneration.from_pretrained(tmp_path / "naavit").eval()
+    assert torch.equal(logits(again, given), logits(model, given))
+
+
 def test_saisa_starts_from_the_shared_projector():
     model, given = llava().bfloat16(), inputs()
     shared = {name: value.clone() for name, value in model.model.multi_modal_projector.state_dict().items()}
@@ -102,7 +112,7 @@ def test_an_embedding_network_of_ours_converts_too():
 
 def test_refusals():
     model = llava()
-    with pytest.raises(ValueError, match=r"naavit is for all 3 layers; .* Naavit\(heads='3\.\*'\)"):
+    with pytest.raises(ValueError, match=r"naavit is for all 3 layers; .*Naavit\(heads='3\.\*'\)"):
         headwise.convert(model, to="naavit", layers=[1])
     assert type(model) is LlavaForConditionalGeneration
     headwise.convert(model, to="naavit", layers=[0, 1, 2])

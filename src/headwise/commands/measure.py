@@ -86,22 +86,43 @@ def _registry() -> Any:
 
 
 def train(
-    specimen: Annotated[str, typer.Argument(help="A specimen's name (see --list), or image-classifier.")],
+    specimen: Annotated[
+        str, typer.Argument(help="A specimen's name (see --list), image-classifier or vision-language-model.")
+    ],
     out: Annotated[Path | None, typer.Option("--out", help=f"Folder for the model ({DEFAULT_OUT}/SPECIMEN).")] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Fewer steps, for a trial.")] = None,
     data: Annotated[
-        str | None, typer.Option("--data", help="image-classifier: digits, scenes, a folder of pictures, or hub:NAME.")
+        str | None,
+        typer.Option(
+            "--data", help="image-classifier: digits, scenes, a folder, or hub:NAME; the other: shapes, or JSON."
+        ),
     ] = None,
     attention: Annotated[
         str | None, typer.Option("--attention", help="image-classifier: a class of headwise.attention.")
     ] = None,
+    source: Annotated[
+        str | None, typer.Option("--from", help="vision-language-model: a LLaVA, folder or hub id (the specimen).")
+    ] = None,
+    alignment: Annotated[
+        str | None, typer.Option("--alignment", help="vision-language-model: saisa, naavit or embedding (saisa).")
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Train a specimen again from nothing, or an image classifier on your pictures; write the model and its figures."""
+    """Train a specimen again from nothing, or a model on your data by a recipe; write the model and its figures.
+
+    image-classifier: on your pictures. vision-language-model: a LLaVA aligned anew, on shapes or a file as LLaVA's.
+    """
+    from headwise.commands import vision_language
     from headwise.specimens.registry import specimen_names
 
     with output(as_json) as said:
+        if specimen == vision_language.NAME:
+            if attention is not None:
+                raise InputError(f"train: --attention is for image-classifier; {specimen} has no such option")
+            return vision_language.train_aligned(said, data or "shapes", source, alignment or "saisa", out, steps, seed)
+        if source is not None or alignment is not None:
+            raise InputError(f"train: --from and --alignment are for {vision_language.NAME}; {specimen} has neither")
         if specimen == "image-classifier":
             return _train_classifier(said, data or "digits", attention, out, steps, seed, as_json)
         if data is not None or attention is not None:
@@ -109,7 +130,7 @@ def train(
         if specimen not in specimen_names():
             from headwise.attend.addresses import nearest
 
-            known = [*specimen_names(), "image-classifier"]
+            known = [*specimen_names(), "image-classifier", vision_language.NAME]
             raise InputError(
                 f"specimen: {specimen!r} is unknown; there are {', '.join(known)}{nearest(specimen, known)}"
             )

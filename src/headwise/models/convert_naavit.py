@@ -69,5 +69,7 @@ def _convert(model: Any, layers: Iterable[int] | None, alignment: str) -> nn.Mod
     # As torch's parametrisations do it: an object of a subclass, with the same modules.
     model.__class__, model.model.__class__ = SaisaForConditionalGeneration, SaisaModel
     model.config = model.model.config = config
+    if getattr(model, "_weight_conversions", None) is not None:
+        model._weight_conversions = None  # a LLaVA that was loaded is saved under LLaVA's older names, which ours has not
     model.model.align()
     return model
