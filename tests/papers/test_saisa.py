@@ -61,15 +61,12 @@ def test_scores_are_what_is_said_word_by_word(models: dict[str, Any]):
     held = setup.tests(0, 8)
     model = models[SAISA]
     found = setup.scores(model, held)
-    ids = setup.naming_ids(held.naming)
+    ids, pixels = setup.naming_ids(held.naming), held.naming.pixel_values
     right = []
     for row in range(8):
         for place in (18, 20, 22, 24):
             with torch.no_grad():
-                given = {
-                    "input_ids": ids[row : row + 1, :place],
-                    "pixel_values": held.naming.pixel_values[row : row + 1],
-                }
+                given = {"input_ids": ids[row : row + 1, :place], "pixel_values": pixels[row : row + 1]}
                 right.append(bool(model(**given).logits[0, -1].argmax() == ids[row, place]))
     assert found[NAMING] == pytest.approx(sum(right) / len(right))
     assert found["naming, first word"] == pytest.approx(sum(right[::4]) / 8)
@@ -79,7 +76,7 @@ def test_scores_are_what_is_said_word_by_word(models: dict[str, Any]):
 
 def test_training_lowers_the_loss(models: dict[str, Any]):
     history = setup.train(copy.deepcopy(models[SAISA]), 0, steps=16)
-    assert sum(history.losses[-4:]) < 0.8 * sum(history.losses[:4])
+    assert sum(history.losses[-4:]) < 0.9 * sum(history.losses[:4])
 
 
 def test_what_networks_do(models: dict[str, Any]):
@@ -127,7 +124,6 @@ def test_costs_at_full_size(monkeypatch: pytest.MonkeyPatch):
         assert row.holds
     assert rows.inference().values["saved, 64 text tokens"] == pytest.approx(0.665, abs=0.001)
     monkeypatch.setattr(rows, "TEXT", 128)
-    with pytest.raises(KeyError):
-        rows.inference()
+    assert not rows.inference().holds
     monkeypatch.setattr(rows, "CONVERSATION_TEXT", 4096)
     assert not rows.budget().holds

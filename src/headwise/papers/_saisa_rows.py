@@ -1,6 +1,7 @@
 """The rows of saisa.py, one function for each, and its picture."""
 
 import copy
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ CAPTION_TEXT, CONVERSATION_TEXT = 32, 256
 TIE = 1e-9
 
 
+@cache
 def llava_sizes(alignment: str) -> SaisaConfig:
     """LLaVA-1.5-7B: CLIP ViT-L/14 at 336 pixels and Vicuna-7B."""
     text = {
@@ -352,7 +354,7 @@ def same_rows(made: Trained, seed: int) -> Measured:
         model = made.models[name]
         apart_by[name] = apart(model, ids, pixels)
         given = {"input_ids": ids[:, : 2 + IMAGE_TOKENS], "pixel_values": pixels}
-        options = {"max_new_tokens": 7, "do_sample": False}
+        options = {"max_new_tokens": 7, "do_sample": False, "suppress_tokens": [IMAGE]}
         cached = model.generate(**given, **options)
         same[name] = torch.equal(cached, model.generate(**given, **options, use_cache=False))
     worst = max(apart_by.values())
