@@ -126,4 +126,4 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"attention_mask is \(1, 3\) and visual_mask \(1, 4\)"):
         text_rows(visual, torch.ones(1, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="implementation is 'fast'; choose 'auto' or 'reference'"):
-        naavit_attention(q[:, :, :2], k, v, visual, implementation="fast")  # type: ignore[arg-type]
+        naavit_attention(q[:, :, :2], k, v, visual, implementation="fast")

@@ -20,6 +20,7 @@ SIZE, IMAGE = 16, 1
 def llava(**changes: Any) -> Any:
     torch.manual_seed(0)
     given = SaisaConfig.example("embedding", **changes).to_dict()
+    given["text_config"]["initializer_range"] = 0.2
     unknown = ("alignment", "implementation", "model_type", "architectures", "transformers_version")
     return LlavaForConditionalGeneration(LlavaConfig(**{k: v for k, v in given.items() if k not in unknown})).eval()
 

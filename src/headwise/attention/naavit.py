@@ -9,7 +9,7 @@ Notes: the authors' code takes one contiguous image that starts at the same colu
 here a mask says which tokens are visual, so that images may stand anywhere, in any number.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 __all__ = ["TextRows", "naavit_attention", "naavit_mask", "text_rows", "text_rows_mask"]
 
-Mask = Bool[Tensor, "b s"] | Int[Tensor, "b s"]
+Mask = Bool[Tensor, "..."] | Int[Tensor, "..."]  # `[b s]`; shapes are checked below
 
 
 class TextRows(NamedTuple):
@@ -96,7 +96,7 @@ def naavit_attention(
     *,
     rows: TextRows | None = None,
     scale: float | None = None,
-    implementation: Literal["auto", "reference"] = "auto",
+    implementation: str = "auto",
 ) -> Float[Tensor, "b h t e"]:
     """Attention of the text rows of a sequence to all of it: `softmax(scale q k^T) v` under `naavit_mask`.
 

@@ -70,6 +70,6 @@ def _convert(model: Any, layers: Iterable[int] | None, alignment: str) -> nn.Mod
     model.__class__, model.model.__class__ = SaisaForConditionalGeneration, SaisaModel
     model.config = model.model.config = config
     if getattr(model, "_weight_conversions", None) is not None:
-        model._weight_conversions = None  # a LLaVA that was loaded is saved under LLaVA's older names, which ours has not
+        model._weight_conversions = None  # what was loaded as LLaVA is saved under older names, not found again
     model.model.align()
     return model

@@ -87,7 +87,7 @@ class SaisaConfig(LlavaConfig):
         }  # fmt: skip
         text = {
             "model_type": "llama", "vocab_size": 64, "hidden_size": 48, "intermediate_size": 80,
-            "initializer_range": 0.2, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
             "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3,
         }  # fmt: skip
         sizes = {
