@@ -24,8 +24,8 @@ UNTRAINED = "NAAViT put into the trained LLaVA"
 BLIND = "LLaVA, another picture"
 NAMING, TWICE = "naming", "which occurs twice"
 
-STEPS, BATCH, RATE, WARM_UP = 1000, 64, 2e-3, 50
-SIGMA = {NAMING: 1.2, TWICE: 0.6}
+STEPS, BATCH, RATE, WARM_UP = 600, 64, 2e-3, 50
+SIGMA = 1.2
 TESTED = 1024
 IMAGE_TOKENS, TEXT_TOKENS = 16, 10
 PAD, BOS, EOS, IMAGE, COMMA, DESCRIBE, ASK_TWICE, FIRST_SHAPE = range(8)
@@ -64,7 +64,7 @@ def twice_scenes(n: int, generator: torch.Generator) -> tuple[CaptionedShapes, T
     """Pictures in which one shape occurs twice and two others once, and the number of the first."""
     kept: list[CaptionedShapes] = []
     while sum(map(len, kept)) < n:  # about half of the pictures are such
-        drawn = shapes_captions(2 * n, sigma=SIGMA[TWICE], prior=0.0, generator=generator)
+        drawn = shapes_captions(2 * n, sigma=SIGMA, prior=0.0, generator=generator)
         kept.append(drawn[drawn.present.sum(1) == 3])
     image, shapes, cells = (
         torch.cat([getattr(one, name) for one in kept])[:n] for name in ("image", "shapes", "cells")
@@ -93,7 +93,7 @@ def _start(n: int, word: int) -> Tensor:
 def batches(step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Ids and pixels of one step: the tasks take turns."""
     if step % 2 == 0:
-        scenes = shapes_captions(BATCH, sigma=SIGMA[NAMING], generator=generator)
+        scenes = shapes_captions(BATCH, sigma=SIGMA, generator=generator)
         return naming_ids(scenes), scenes.pixel_values
     scenes, answer = twice_scenes(BATCH, generator)
     return twice_ids(answer), scenes.pixel_values
@@ -119,8 +119,8 @@ class Tests:
 
 def tests(seed: int, n: int = TESTED) -> Tests:
     generator = torch.Generator().manual_seed(10_000 + seed)
-    naming = shapes_captions(n, sigma=SIGMA[NAMING], generator=generator)
-    counterfactual = shapes_captions(n, sigma=SIGMA[NAMING], counterfactual=True, generator=generator)
+    naming = shapes_captions(n, sigma=SIGMA, generator=generator)
+    counterfactual = shapes_captions(n, sigma=SIGMA, counterfactual=True, generator=generator)
     return Tests(naming, counterfactual, *twice_scenes(n, generator))
 
 
