@@ -44,6 +44,7 @@ Alignment = Literal["saisa", "naavit", "embedding"]
 ALIGNMENTS = ("saisa", "naavit", "embedding")
 IMPLEMENTATIONS = ("auto", "compressed", "reference")
 CACHE = next(name for name in CACHE_NAMES if name in inspect.signature(LlavaModel.forward).parameters)
+IMAGES = "image_outputs" if hasattr(LlavaCausalLMOutputWithPast(), "image_outputs") else "image_hidden_states"
 FEATURE_OPTIONS = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
 
 
@@ -193,8 +194,7 @@ class SaisaModel(LlavaModel):
         features = torch.cat(list(images.pooler_output)).to(embeds.device)  # type: ignore[union-attr]
         run = self._all_rows if self._wants_all_rows(kwargs) else self._text_rows
         out = run(embeds, visual, features, kwargs)
-        if hasattr(out, "image_outputs"):
-            out.image_outputs = images
+        out[IMAGES] = images if IMAGES == "image_outputs" else features
         return out.to_tuple() if return_dict is False else out
 
     def visual_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, images: Any) -> Tensor | None:
@@ -203,11 +203,7 @@ class SaisaModel(LlavaModel):
             raise ValueError("SaisaModel: give either input_ids or inputs_embeds")
         if images is None and (input_ids is None or input_ids.shape[1] == 1):
             return None  # embeddings, or a decode step
-        if input_ids is not None:
-            visual = input_ids == self.config.image_token_id
-        else:
-            token = torch.full((), self.config.image_token_id, device=inputs_embeds.device)  # type: ignore[union-attr]
-            visual = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        visual = self.image_places(input_ids, inputs_embeds)
         count = int(visual.sum())
         features = 0 if images is None else sum(len(one) for one in images.pooler_output)
         if count != features:
@@ -216,6 +212,13 @@ class SaisaModel(LlavaModel):
                 "in one image token for each feature"
             )
         return visual if count else None
+
+    def image_places(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """`[b s]` where ids, or embeddings, are those of the image token."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        token = torch.full((), self.config.image_token_id, device=inputs_embeds.device)  # type: ignore[union-attr]
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
     def _wants_all_rows(self, kwargs: Mapping[str, Any]) -> bool:
         if self.config.implementation != "auto":
@@ -346,11 +349,11 @@ class SaisaForConditionalGeneration(LlavaForConditionalGeneration):
         given = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
         given |= {"pixel_values": pixel_values, "mm_encoder_outputs": mm_encoder_outputs}
         outputs = self.model(input_ids, **given, **kwargs)
-        hidden, size, loss = outputs[0], self.config.text_config.vocab_size, None
-        images = outputs.get("image_outputs")
-        visual = None
-        if self.config.alignment != "embedding" and isinstance(logits_to_keep, int) and not logits_to_keep:
-            visual = self.model.visual_mask(input_ids, inputs_embeds, images)
+        hidden, size, loss, visual = outputs[0], self.config.text_config.vocab_size, None, None
+        pictured = pixel_values is not None or (mm_encoder_outputs or {}).get("image") is not None
+        whole = isinstance(logits_to_keep, int) and not logits_to_keep
+        if pictured and whole and self.config.alignment != "embedding":
+            visual = self.model.image_places(input_ids, inputs_embeds)
         if visual is None:
             logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
             if labels is not None:
@@ -366,8 +369,7 @@ class SaisaForConditionalGeneration(LlavaForConditionalGeneration):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_outputs=images,
-            **{CACHE: outputs.get(CACHE)},
+            **{CACHE: outputs.get(CACHE), IMAGES: outputs.get(IMAGES)},
         )
         return out.to_tuple() if return_dict is False else out
 
