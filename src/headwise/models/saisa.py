@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaModel
+from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneration, LlavaModel
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaMultiModalProjector
 
@@ -255,7 +255,7 @@ class SaisaModel(LlavaModel):
             positions = torch.arange(past, past + length, device=embeds.device)[None]
         wanted = kwargs.get("use_cache")
         if cache is None and (language_model.config.use_cache if wanted is None else wanted):
-            cache = self._new_cache()
+            cache = DynamicCache(config=language_model.config)
         states = features if features.ndim == 3 else self.project_images(features)
         angles = language_model.rotary_emb(embeds, position_ids=positions)
         own = text_rows_mask(rows, length, real)
@@ -288,11 +288,6 @@ class SaisaModel(LlavaModel):
         out = super().forward(**{**kwargs, **given})
         out.last_hidden_state = out.last_hidden_state.masked_fill(visual[..., None], 0)
         return out
-
-    def _new_cache(self) -> Any:
-        from transformers import DynamicCache
-
-        return DynamicCache(config=self.language_model.config)
 
 
 class SaisaForConditionalGeneration(LlavaForConditionalGeneration):
