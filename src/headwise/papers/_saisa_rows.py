@@ -97,8 +97,7 @@ def reach(model: Any, ids: Tensor, pixels: Tensor) -> float:
     """The largest gradient of an image token's last hidden state in the hidden state of another token at a layer's
     input, every row computed."""
     model = copy.deepcopy(model)
-    implementation = "compressed" if model.config.alignment == "embedding" else "reference"
-    model.config.implementation = implementation
+    model.config.implementation = "reference"
     stack, kept = model.model.language_model, []
 
     def keep(_: Any, args: tuple, kwargs: dict) -> tuple:
@@ -125,11 +124,11 @@ def apart(model: Any, ids: Tensor, pixels: Tensor) -> float:
     ids = torch.nn.functional.pad(ids, (3, 0))
     ids[0] = ids[0].roll(-3)  # the first row's padding stands on the right, so that images start at other columns
     given = {"input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": pixels, "use_cache": False}
-    model, found = copy.copy(model), []
+    found = []
     for implementation in ("compressed", "reference"):
-        kept, model.config.implementation = model.config.implementation, implementation
+        model.config.implementation = implementation
         found.append(model(**given).logits)
-        model.config.implementation = kept
+    model.config.implementation = "auto"
     return float((found[0] - found[1])[(ids != IMAGE) & (ids != 0)].abs().max())
 
 
