@@ -39,8 +39,8 @@ def config(alignment: str, implementation: str = "auto") -> SaisaConfig:
 @cache
 def network(alignment: str, implementation: str = "auto") -> Any:
     torch.manual_seed(0)
-    model = SaisaForConditionalGeneration(config(alignment, implementation)).eval()
-    return model.to(setting.device, getattr(torch, setting.dtype))
+    model: Any = SaisaForConditionalGeneration(config(alignment, implementation)).eval()
+    return model.to(device=setting.device, dtype=getattr(torch, setting.dtype))
 
 
 @cache

@@ -97,11 +97,13 @@ def test_nothing_of_padding_and_no_gradient_to_it():
 
 def test_gradients_are_those_of_the_reference():
     visual = torch.tensor([[False, True, True, False, False]])
-    inputs = [torch.randn(1, 2, n, 3, dtype=torch.float64, requires_grad=True) for n in (3, 5, 5)]
-    check = lambda *x: naavit_attention(*x, visual, implementation="reference")  # noqa: E731
-    assert torch.autograd.gradcheck(check, inputs)
-    found = [torch.autograd.grad(naavit_attention(*inputs, visual, implementation=name).sin().sum(), inputs)
-             for name in ("auto", "reference")]  # fmt: skip
+    q, k, v = (torch.randn(1, 2, n, 3, dtype=torch.float64, requires_grad=True) for n in (3, 5, 5))
+    check = lambda q, k, v: naavit_attention(q, k, v, visual, implementation="reference")  # noqa: E731
+    assert torch.autograd.gradcheck(check, (q, k, v))
+    found = [
+        torch.autograd.grad(naavit_attention(q, k, v, visual, implementation=name).sin().sum(), (q, k, v))
+        for name in ("auto", "reference")
+    ]
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
 

@@ -36,7 +36,8 @@ def test_the_tower():
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
 @pytest.mark.parametrize("kv", [1, 2, 4])
 def test_prefill_is_what_is_counted(alignment: str, kv: int):
-    text = {**SaisaConfig.example().text_config.to_dict(), "num_key_value_heads": kv, "head_dim": 12}
+    example: Any = SaisaConfig.example().text_config
+    text = {**example.to_dict(), "num_key_value_heads": kv, "head_dim": 12}
     model, given = network(alignment, text_config=text), prompt(3, 7)
     with torch.no_grad():
         images = model.get_image_features(pixel_values=given["pixel_values"], return_dict=True)

@@ -179,8 +179,9 @@ class SaisaModel(LlavaModel):
         if pixel_values is not None:
             if (mm_encoder_outputs or {}).get("image") is not None:
                 raise ValueError("SaisaModel: give pixel_values, or mm_encoder_outputs with an image, not both")
-            options = {name: kwargs.pop(name) for name in FEATURE_OPTIONS if kwargs.get(name) is not None}
-            images = self.get_image_features(pixel_values=pixel_values, return_dict=True, **options)
+            options: Any = {name: kwargs.pop(name) for name in FEATURE_OPTIONS if kwargs.get(name) is not None}
+            options |= {"pixel_values": pixel_values, "return_dict": True}
+            images = self.get_image_features(**options)
             mm_encoder_outputs = {**(mm_encoder_outputs or {}), "image": images}
         images = (mm_encoder_outputs or {}).get("image")
         visual = None
@@ -188,8 +189,8 @@ class SaisaModel(LlavaModel):
             visual = self.visual_mask(input_ids, inputs_embeds, images)
             mm_encoder_outputs = None
         if visual is None:
-            kwargs |= {"mm_encoder_outputs": mm_encoder_outputs, "inputs_embeds": inputs_embeds}
-            return super().forward(input_ids, return_dict=return_dict, **kwargs)
+            plain: Any = {**kwargs, "input_ids": input_ids, "inputs_embeds": inputs_embeds, "return_dict": return_dict}
+            return super().forward(mm_encoder_outputs=mm_encoder_outputs, **plain)
         embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         features = torch.cat(list(images.pooler_output)).to(embeds.device)  # type: ignore[union-attr]
         run = self._all_rows if self._wants_all_rows(kwargs) else self._text_rows
@@ -257,15 +258,15 @@ class SaisaModel(LlavaModel):
         if cache is None and (language_model.config.use_cache if wanted is None else wanted):
             cache = DynamicCache(config=language_model.config)
         states = features if features.ndim == 3 else self.project_images(features)
-        angles = language_model.rotary_emb(embeds, position_ids=positions)
+        cos, sin = language_model.rotary_emb(embeds, position_ids=positions)
         own = text_rows_mask(rows, length, real)
         given = {
             "inputs_embeds": rows.gather(embeds),
             "attention_mask": self._mask(own, rows.index, length, embeds.dtype, {**kwargs, CACHE: cache}),
             "position_ids": positions.expand(len(embeds), -1).gather(1, rows.index),
-            CACHE: WithImages(cache, rows, visual, states, *angles, language_model.config),
+            CACHE: WithImages(cache, rows, visual, states, cos, sin, language_model.config),
         }
-        out = super().forward(**{**kwargs, **given})
+        out: Any = super().forward(**{**kwargs, **given})
         out.last_hidden_state = rows.spread(out.last_hidden_state, length)
         out[CACHE] = cache
         return out
@@ -285,7 +286,7 @@ class SaisaModel(LlavaModel):
             "attention_mask": self._mask(naavit_mask(visual, real), columns, visual.shape[1], embeds.dtype, kwargs),
             "image_rows": ImageRows(visual, inputs),
         }
-        out = super().forward(**{**kwargs, **given})
+        out: Any = super().forward(**{**kwargs, **given})
         out.last_hidden_state = out.last_hidden_state.masked_fill(visual[..., None], 0)
         return out
 
@@ -345,6 +346,7 @@ class SaisaForConditionalGeneration(LlavaForConditionalGeneration):
         given |= {"pixel_values": pixel_values, "mm_encoder_outputs": mm_encoder_outputs}
         outputs = self.model(input_ids, **given, **kwargs)
         hidden, size, loss, visual = outputs[0], self.config.text_config.vocab_size, None, None
+        logits: Any
         pictured = pixel_values is not None or (mm_encoder_outputs or {}).get("image") is not None
         whole = isinstance(logits_to_keep, int) and not logits_to_keep
         if pictured and whole and self.config.alignment != "embedding":

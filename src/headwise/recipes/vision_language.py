@@ -170,14 +170,15 @@ def _class_tokens(config: Any) -> int:
 
 def _read(path: Path) -> list[tuple[list[tuple[str, bool]], list[str]]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
             f"data: {path} cannot be read as JSON ({error}); expected shapes, or a file as LLaVA's"
         ) from error
     items = []
-    for number, row in enumerate(rows if isinstance(rows, list) else [None]):
-        turns = row.get("conversations") if isinstance(row, dict) else None
+    every: Any = rows if isinstance(rows, list) else [None]
+    for number, row in enumerate(every):
+        turns: Any = row.get("conversations") if isinstance(row, dict) else None
         if not isinstance(turns, list) or not all(
             isinstance(turn, dict) and turn.get("from") in SPEAKERS and isinstance(turn.get("value"), str)
             for turn in turns
