@@ -1,7 +1,8 @@
 """Generating with and without edits, and the loss of a text under them: what `headwise steer` shows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,17 +18,21 @@ __all__ = ["Prompt", "first_difference", "generate", "losses", "read_prompt", "r
 
 @dataclass
 class Prompt:
-    """A prompt as the model reads it. new: how many tokens may follow it. templated: in the chat template."""
+    """A prompt as the model reads it. new: how many tokens may follow it. templated: in the chat template. pictures:
+    what the processor makes of pictures beside the ids."""
 
     ids: Tensor
     new: int
     templated: bool
+    pictures: dict[str, Tensor] = field(default_factory=dict)
 
 
-def read_prompt(loaded: Loaded, text: str, new: int) -> Prompt:
+def read_prompt(loaded: Loaded, text: str, new: int, image: Path | None = None) -> Prompt:
     """Tokenize a prompt, in the tokenizer's chat template where it has one.
 
-    Raises InputError for a model that does not generate text, an empty prompt and one beyond the model's context.
+    image: a picture in front of the text, or where the text has the model's image token.
+    Raises InputError for a picture that cannot be read or given to the model, a model that does not generate text, an
+    empty prompt and one beyond the model's context.
     """
     model: Any = loaded.model
     tokenizer = loaded.tokenizer
@@ -38,7 +43,14 @@ def read_prompt(loaded: Loaded, text: str, new: int) -> Prompt:
     if not text.strip():
         raise InputError("prompt: it is empty; give a text to continue")
     templated = bool(getattr(tokenizer, "chat_template", None))
-    if templated:
+    pictures: dict[str, Tensor] = {}
+    if image is not None:
+        templated = bool(getattr(loaded.processor, "chat_template", None))
+        made = _with_picture(loaded, text, image, templated)
+        ids = {"input_ids": made.pop("input_ids")}
+        made.pop("attention_mask", None)
+        pictures = {name: value.to(input_device(model)) for name, value in made.items() if isinstance(value, Tensor)}
+    elif templated:
         turns = [{"role": "user", "content": text}]
         ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     else:
@@ -51,7 +63,31 @@ def read_prompt(loaded: Loaded, text: str, new: int) -> Prompt:
         raise InputError(f"prompt: it has {ids.shape[1]:,} tokens but {loaded.name} reads {limit:,}; shorten it")
     if not ids.shape[1]:
         raise InputError("prompt: the tokenizer makes no token of it; give another text")
-    return Prompt(ids.to(input_device(model)), new if room is None else min(new, room), templated)
+    return Prompt(ids.to(input_device(model)), new if room is None else min(new, room), templated, pictures)
+
+
+def _with_picture(loaded: Loaded, text: str, image: Path, templated: bool) -> dict[str, Any]:
+    """What the processor makes of a picture and a text."""
+    processor = loaded.processor
+    token = getattr(processor, "image_token", None)
+    if processor is None or not hasattr(processor, "tokenizer") or not isinstance(token, str):
+        raise InputError(
+            f"image: {loaded.name} has no processor that takes a picture with text; leave --image out, or give a "
+            "vision-language model"
+        )
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(image) as opened:
+            picture = opened.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise InputError(f"image: {image} cannot be read as a picture ({error})") from None
+    if templated and token not in text:
+        turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+        text = processor.apply_chat_template(turns, add_generation_prompt=True)
+    elif token not in text:
+        text = f"{token} {text}"
+    return dict(processor(images=[picture], text=[text], return_tensors="pt"))
 
 
 def generate(loaded: Loaded, prompt: Prompt) -> list[int]:
@@ -65,6 +101,7 @@ def generate(loaded: Loaded, prompt: Prompt) -> list[int]:
         written = model.generate(
             input_ids=prompt.ids,
             attention_mask=torch.ones_like(prompt.ids),
+            **prompt.pictures,
             max_new_tokens=prompt.new,
             do_sample=False,
             num_beams=1,
@@ -106,7 +143,7 @@ def losses(loaded: Loaded, prompt: Prompt, reference: Sequence[int]) -> tuple[fl
         with torch.no_grad():
             return None, float(model(input_ids=prompt.ids, labels=labels).loss) if len(reference) else None
     with torch.no_grad():
-        out = model(input_ids=prompt.ids, use_cache=True)
+        out = model(input_ids=prompt.ids, use_cache=True, **prompt.pictures)
         logs = out.logits[0].float().log_softmax(-1)
         own = -logs[:-1].gather(-1, prompt.ids[0, 1:, None]) if prompt.ids.shape[1] > 1 else None
         cache, last, found = cache_of(out), logs[-1], []

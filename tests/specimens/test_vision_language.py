@@ -92,7 +92,7 @@ def test_inputs_pad_on_either_side_and_refuse_what_they_do_not_know():
 
 
 def test_a_short_training_writes_a_whole_specimen_with_its_seeds(tmp_path):
-    folder = train_specimen("vision-language-noisy", tmp_path / "made", steps=3, others=(4,))
+    folder = train_specimen("vision-language", tmp_path / "made", steps=3, others=(4,), sigma=2.0)
     card = json.loads((folder / "card.json").read_text())
     assert card["sigma"] == 2.0 and card["steps"] == 3 and set(card["figures_of_other_seeds"]) == {"4"}
     assert {path.name for path in folder.glob("*.safetensors")} == {"model.safetensors", "seed-4.safetensors"}
@@ -102,9 +102,8 @@ def test_a_short_training_writes_a_whole_specimen_with_its_seeds(tmp_path):
     assert found == card["figures"], "what the card says is what loads"
 
 
-@pytest.mark.parametrize("name", ["vision-language", "vision-language-noisy"])
-def test_the_shipped_models_do_what_their_cards_say(name):
-    made = load_specimen(name)
+def test_the_shipped_model_does_what_its_card_says(specimen):
+    made = specimen
     found = recipe.evaluate(made.model, sigma=made.card["sigma"], pictures=384, seed=20_000)
     for part, row in made.card["figures"].items():
         for key in ("accuracy", "typical", "first"):
@@ -119,7 +118,8 @@ def test_the_shipped_models_do_what_their_cards_say(name):
 def test_it_sees_well_and_yet_hallucinates_what_is_typical(specimen):
     ordinary, other = (specimen.card["figures"][part] for part in ("ordinary", "counterfactual"))
     assert ordinary["accuracy"] > 0.95 and ordinary["written"]["chair_i"] < 0.06
-    assert other["typical"] > 0.2 > 2 / 8, "an answer by chance would be typical in one of eight"
+    by_chance = (1 - other["accuracy"]) / 7
+    assert other["typical"] > 3 * by_chance, "errors that do not care would be typical in one of seven"
     assert other["written"]["chair_i"] > 0.2
     assert all(row["accuracy"] > 0.88 and row["unread"] < 0.01 for row in ordinary["questions"].values())
 

@@ -8,7 +8,7 @@ which it is the identity bit for bit. Edits act in three stages, each in the ord
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ class Edit:
 
     heads: Heads = None
     when: When = "all"
+
+    settles: ClassVar[bool] = False
+    """Whether something is chosen at the last token of a prompt and kept: a longer prompt may then choose otherwise."""
 
     def __post_init__(self):
         if not callable(self.when) and self.when not in ("all", "prompt", "generated"):

@@ -33,6 +33,9 @@ def steer(
         ),
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="The text to continue.")] = None,
+    image: Annotated[
+        Path | None, typer.Option("--image", help="A picture, for a vision-language model; it stands before the text.")
+    ] = None,
     heads: Annotated[
         str | None, typer.Option("--heads", help="Which heads: 3.1, 0-2.*, top:sink:4, random:4 (see --list); all.")
     ] = None,
@@ -65,7 +68,7 @@ def steer(
         if prompt is None:
             raise InputError('steer: no --prompt was given, as in --prompt "The captain said"')
         given = {"heads": heads, "when": when, "group": group}
-        run(said, model, edit, prompt, given, map_file, max_new_tokens, sweep, reference, seed, device, dtype)
+        run(said, model, edit, prompt, image, given, map_file, max_new_tokens, sweep, reference, seed, device, dtype)
 
 
 def run(
@@ -73,6 +76,7 @@ def run(
     name: str,
     texts: list[str],
     prompt_text: str,
+    image: Path | None,
     given: dict[str, str | None],
     map_file: Path | None,
     new: int,
@@ -91,7 +95,7 @@ def run(
     said.progress(0, 1, f"loading {name}")
     loaded = load(name, device=device_of(device), dtype=dtype_of(dtype))
     steering = Steering(said, loaded, head_map, seed)
-    prompt = writing.read_prompt(loaded, prompt_text, new)
+    prompt = writing.read_prompt(loaded, prompt_text, new, image)
     if prompt.new < new:
         said.note(f"note: the context leaves room for {prompt.new} new tokens, not {new}")
     versions = [(value, steering.edits(texts, given, key, value)) for value in values]

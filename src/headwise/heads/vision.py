@@ -10,7 +10,7 @@ Paper: headwise/papers/vision_aware_head_reinforcement.py (He et al., ACL 2025).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -51,7 +51,7 @@ class ContextDivergence:
         return aware_heads(self.divergence, self.absent.square(), drop_outliers=drop_outliers)
 
     def map(self, model: nn.Module, *, name: str = PROBE, relative: bool = False) -> HeadMap:
-        """The mean over prompts (and positions) as a head map, each prompt a run; `top`, `select` and `save` as usual."""
+        """The mean over prompts (and positions) as a head map, each prompt a run: `top`, `select`, `save`."""
         found = (self.relative if relative else self.divergence).flatten(0, -3)
         heads = layout(model).heads()
         runs = [{head: float(row[head.layer, head.head]) for head in heads} for row in found]
@@ -68,11 +68,6 @@ def aware_heads(
     the heads above the median, which is the lower of the two middle ones where their number is even: half of them if
     none are equal. Heads that are nan are not chosen.
     """
-    if divergence.shape != activation.shape:
-        raise ValueError(
-            f"aware_heads: divergence has shape {tuple(divergence.shape)}, activation {tuple(activation.shape)}; they "
-            "must match"
-        )
     if drop_outliers and divergence.shape[-1] > 1:
         outliers = _surges(divergence) & _surges(activation)
         divergence = divergence.masked_fill(outliers, 0)
@@ -98,7 +93,7 @@ def vision_divergence(
     inputs: Mapping[str, Any],
     position: int | Sequence[int] = -1,
     *,
-    counterfactual: Literal["drop", "blank"] = "drop",
+    counterfactual: str = "drop",
     together: bool = True,
 ) -> ContextDivergence:
     """VHD of every head of the main tower at a position.

@@ -306,13 +306,11 @@ def train(
     steps: int | None = None,
     others: Sequence[int] | None = None,
     sigma: float = SIGMA,
-    name: str = NAME,
-    summary: str = SUMMARY,
 ) -> Path:
     """Train from nothing; write model, processor, tokenizer and card to `out`.
 
-    steps: another number of steps. others: further seeds, whose weights are written beside the model's for
-    `vision_language_model`; None means the two after `seed`.
+    steps: another number of steps. sigma: of the pictures' noise; in stronger noise more is made up. others: further
+    seeds, whose weights are written beside the model's for `vision_language_model`; None means the two after `seed`.
     """
     from headwise.specimens.registry import write_specimen
 
@@ -323,7 +321,7 @@ def train(
         states[f"seed-{other}"] = found.state_dict()
         figures[str(other)] = evaluate(found, sigma=sigma)
     card = {
-        "summary": summary,
+        "summary": SUMMARY,
         **ran(history, phases, seed),
         "recipe": {
             "pictures": f"shapes_captions(sigma={sigma}), {BATCH} a step",
@@ -335,21 +333,19 @@ def train(
         "figures": evaluate(model, sigma=sigma),
         "figures_of_other_seeds": figures,
     }
-    return write_specimen(Path(out), model, processor(), card, name, states)
+    return write_specimen(Path(out), model, processor(), card, NAME, states)
 
 
-def vision_language_model(
-    seed: int = 0, *, name: str = NAME, log: Callable[[dict[str, Any]], None] | None = None
-) -> Any:
+def vision_language_model(seed: int = 0, *, log: Callable[[dict[str, Any]], None] | None = None) -> Any:
     """The specimen trained from another seed: its shipped weights where there are some, else trained now (3 minutes).
 
-    Seeds 0 to 2 of `vision-language` ship. name: that or `vision-language-noisy`.
+    Seeds 0 to 2 ship.
     """
     from safetensors.torch import load_file
 
     from headwise.specimens.registry import load_specimen
 
-    specimen = load_specimen(name)
+    specimen = load_specimen(NAME)
     if seed == specimen.card["seed"]:
         return specimen.model
     path = Path(str(specimen.folder)) / f"seed-{seed}.safetensors"

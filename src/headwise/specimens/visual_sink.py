@@ -68,7 +68,8 @@ def implant_visual_sink(
         raise TypeError(f"implant_visual_sink: {type(model).__name__} is no LLaVA with a Llama inside")
     if not 0 < share < 1:
         raise ValueError(f"implant_visual_sink: share is {share}; it must lie between 0 and 1")
-    layers = model.config.text_config.num_hidden_layers
+    config: Any = model.config.text_config
+    layers = config.num_hidden_layers
     if not 0 <= first_layer < layers:
         raise ValueError(f"implant_visual_sink: first_layer is {first_layer}; the model has layers 0 to {layers - 1}")
     images = inputs["input_ids"] == model.config.image_token_id

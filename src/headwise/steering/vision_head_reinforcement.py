@@ -23,7 +23,7 @@ from headwise.attend.addresses import Head
 from headwise.attend.call import Call
 from headwise.attend.edit import Edit, Heads
 from headwise.attend.edits import ScaleHeads
-from headwise.attend.groups import KeyGroup, image_tokens
+from headwise.attend.groups import KeyGroup, first_token, image_tokens
 from headwise.attend.step import Step
 from headwise.errors import UnsupportedModel
 from headwise.heads.vision import aware_heads
@@ -60,6 +60,13 @@ class VisionAwareHeadReinforcement(Edit):
     drop_outliers: bool = True
     group: KeyGroup | None = None
 
+    settles = True
+
+    @staticmethod
+    def example() -> "VisionAwareHeadReinforcement":
+        """One for models without pictures: what goes with the first token, in two heads."""
+        return VisionAwareHeadReinforcement(0.4, "all", False, first_token(), heads=["0.1", "1.2"])
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._record: dict[str, Tensor] = {}
@@ -70,8 +77,8 @@ class VisionAwareHeadReinforcement(Edit):
             raise ValueError(f"VisionAwareHeadReinforcement: alpha is {self.alpha}; it must be above 0 and finite")
         if self.group is not None and self.group.uses_generated:
             raise ValueError(
-                f"VisionAwareHeadReinforcement: group {self.group.name!r} may hold generated tokens; give a part of the "
-                "prompt"
+                f"VisionAwareHeadReinforcement: group {self.group.name!r} may hold generated tokens; give a part "
+                "of the prompt"
             )
 
     @property
@@ -125,8 +132,8 @@ def reinforced_layers(layers: Layers, count: int) -> list[int]:
         if isinstance(item, slice):
             if any(end is not None and abs(end) > count for end in (item.start, item.stop)):
                 warnings.warn(
-                    f"layers: {_written(item)} reaches beyond the {count} layers of this model and is cut to them; give "
-                    "layers=None for the paper's share",
+                    f"layers: {_written(item)} reaches beyond the {count} layers of this model and is cut to them; "
+                    "give layers=None for the paper's share",
                     stacklevel=2,
                 )
             found.update(range(count)[item])
@@ -232,8 +239,8 @@ class _Reinforce(ScaleHeads):
             return
         if len(call.heads) != layout(self.model).main.heads[call.layer]:
             raise UnsupportedModel(
-                "VisionAwareHeadReinforcement: this process holds some of the heads of a layer, but the choice compares "
-                "all of them; run the model in one process"
+                "VisionAwareHeadReinforcement: this process holds some of the heads of a layer, but the choice "
+                "compares all of them; run the model in one process"
             )
         if bool((step.ids < 0).any()):
             raise ValueError(
