@@ -114,7 +114,7 @@ def train(
         str,
         typer.Argument(
             help="A specimen's name, or a recipe: image-classifier, segmentation, detection, fine-grained, "
-            "reidentification, action-proposals."
+            "reidentification, action-proposals, vision-language-model."
         ),
     ],
     out: Annotated[Path | None, typer.Option("--out", help=f"Folder for the model ({DEFAULT_OUT}/SPECIMEN).")] = None,
@@ -123,7 +123,8 @@ def train(
         str | None,
         typer.Option(
             "--data",
-            help="Recipes: a folder, or what is drawn: digits, scenes, shapes (hub:NAME, too), people, generated.",
+            help="Recipes: a folder, or what is drawn: digits, scenes, shapes (hub:NAME, too), people, generated, or "
+            "conversations as LLaVA's JSON.",
         ),
     ] = None,
     attention: Annotated[
@@ -173,6 +174,9 @@ def train(
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", min=0.0, help="The highest of the cosine (0.002).")
     ] = None,
+    alignment: Annotated[
+        str | None, typer.Option("--alignment", help="vision-language-model: saisa, naavit or embedding (saisa).")
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -194,6 +198,7 @@ def train(
         "compare": compare or None,
         "seeds": seeds,
         "learning_rate": learning_rate,
+        "alignment": alignment,
     }
     options = {name: value for name, value in given.items() if value is not None}
     with output(as_json) as said:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headwise.commands import image_recipes
+from headwise.commands import image_recipes, vision_language
 from headwise.commands.common import DEFAULT_OUT, Output, document, quiet_libraries
 from headwise.errors import InputError
 
@@ -187,4 +187,5 @@ RECIPES = {
     "fine-grained": Recipe(("data", "backbone", "size", "baseline"), _fine_grained),
     "reidentification": Recipe(("data", "backbone", "size", "baseline"), _reidentification),
     "action-proposals": Recipe(("data", "attention", "window", "baseline"), _action_proposals),
+    "vision-language-model": Recipe(("data", "from", "alignment"), vision_language.vision_language_model),
 }
