@@ -14,7 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,7 @@ _offered: dict[str, _Offer] = {}
 _bases: dict[int, str] = {}  # id(config) -> the implementation beneath a mechanism's name, while the config lives
 
 
+@runtime_checkable
 class Held(Protocol):
     """A layer of a cache that holds different keys for different heads, and so must attend itself."""
 

@@ -12,7 +12,7 @@ number of tokens seen, and the columns of what a head keeps are taken out of the
 import warnings
 import weakref
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -61,6 +61,7 @@ class Kept:
     extra: tuple[Tensor, Tensor] | None = None
 
 
+@runtime_checkable
 class BudgetPolicy(Protocol):
     """Decides what the heads of a layer keep of a prompt. window: how many of the last queries it wants to see."""
 
