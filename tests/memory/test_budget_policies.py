@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from headwise.hf.head_budgets import Kept, LayerPrompt
+from headwise.hf.head_budgets import KeptTokens, LayerPrompt
 from headwise.memory.budget_policies import HeadMapPolicy, SnapKVPolicy, StreamingPolicy, TaskKVPolicy
 from headwise.memory.task_kv import HeadBudgetCache
 from headwise.ops.observation import head_distance, semantic_vectors
@@ -32,13 +32,13 @@ def prompt(
     return LayerPrompt(q, k, v, real, lengths, 0.35, None, layer, layers)
 
 
-def kept(policy: Any, given: LayerPrompt) -> Kept:
+def kept(policy: Any, given: LayerPrompt) -> KeptTokens:
     found = policy(given)
     assert found is not None
     return found
 
 
-def counts(found: Kept, length: int) -> list[list[int]]:
+def counts(found: KeptTokens, length: int) -> list[list[int]]:
     """Tokens that each head of each row keeps."""
     light = (found.positions >= 0).sum(-1)
     return torch.where(found.full, length, light).tolist()

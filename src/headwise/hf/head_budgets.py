@@ -23,7 +23,7 @@ from headwise.errors import UnsupportedModel
 from headwise.hf import dispatch
 from headwise.ops.masks import hide_exactly
 
-__all__ = ["BudgetPolicy", "HeadBudgetLayer", "Kept", "LayerPrompt"]
+__all__ = ["BudgetPolicy", "HeadBudgetLayer", "KeptTokens", "LayerPrompt"]
 
 SLACK = 64  # tokens: the least room that a buffer is given beyond what it holds; an eighth of its length where more
 
@@ -47,7 +47,7 @@ class LayerPrompt:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptTokens:
     """What a layer keeps of its prompt. full: the key heads that keep everything, equally many in every row.
 
     positions: those that each head keeps, ascending, rows ending in -1 where a text is shorter; what stands there for a
@@ -68,7 +68,7 @@ class BudgetPolicy(Protocol):
     @property
     def window(self) -> int: ...
 
-    def __call__(self, prompt: LayerPrompt) -> Kept | None:
+    def __call__(self, prompt: LayerPrompt) -> KeptTokens | None:
         """None: everything."""
         ...
 
@@ -495,12 +495,17 @@ class HeadBudgetLayer(CacheLayerMixin):
         self.batch = len(index)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens: 0 or a negative number. Raises ValueError for tokens of a compressed prompt."""
+        """Forget the last tokens: 0 or a negative number.
+
+        Raises ValueError for tokens of a compressed prompt, and while a prompt is read in chunks.
+        """
         if tokens_to_remove > 0:
             raise ValueError(
                 f"HeadBudgetCache: crop({tokens_to_remove}): expected 0 or a negative number, the tokens to remove"
             )
         count = -tokens_to_remove
+        if count and self.observed is not None:
+            raise ValueError("HeadBudgetCache: crop() in the middle of a prompt; call finish_prefill() first")
         held = 0 if self.split is None else self.split.end
         if count > self.seen - held:
             raise ValueError(
@@ -511,7 +516,3 @@ class HeadBudgetLayer(CacheLayerMixin):
             for rectangle in self.rectangles():
                 rectangle.length -= count
             self.seen -= count
-            if self.observed is not None:
-                query, real, scale, softcap = self.observed
-                real = None if real is None else real[:, : self.seen]
-                self.observed = (query[:, :, :-count], real, scale, softcap) if query.shape[2] > count else None

@@ -1,6 +1,6 @@
 """What the heads of a KV cache keep of a prompt: sinks and recent tokens, what was looked at, the whole for some heads.
 
-A policy sees one layer after its prompt was read (`LayerPrompt`) and says what each key head keeps (`Kept`, or None for
+A policy sees one layer after its prompt was read (`LayerPrompt`) and says what each key head keeps (`KeptTokens`, or None for
 everything). `budget` is always the share of the prompt's cache, in bytes over all layers, that is kept; tokens that come
 after the prompt are added to it. In a batch of texts of different lengths every text is treated as it would be alone.
 
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from headwise.hf.head_budgets import Kept, LayerPrompt
+from headwise.hf.head_budgets import KeptTokens, LayerPrompt
 from headwise.ops.observation import (
     head_distance,
     kept_positions,
@@ -57,7 +57,7 @@ class StreamingPolicy:
     def __post_init__(self) -> None:
         _check("StreamingPolicy", self.budget, sink=self.sink)
 
-    def __call__(self, prompt: LayerPrompt) -> Kept | None:
+    def __call__(self, prompt: LayerPrompt) -> KeptTokens | None:
         if self.budget == 1:
             return None
         keep, over = [], None
@@ -68,7 +68,7 @@ class StreamingPolicy:
         b, n, s = prompt.key.shape[:3]
         age = torch.arange(s, device=prompt.key.device, dtype=torch.float64).expand(b, n, s)
         positions = kept_positions(age, keep, sink=self.sink, real=prompt.real)
-        return Kept(_no_full(prompt), positions, over)
+        return KeptTokens(_no_full(prompt), positions, over)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class SnapKVPolicy:
             observed[..., :before], self.kernel, real=real, count_include_pad=self.count_include_pad
         )
 
-    def __call__(self, prompt: LayerPrompt) -> Kept | None:
+    def __call__(self, prompt: LayerPrompt) -> KeptTokens | None:
         if self.budget == 1 or max(prompt.lengths) <= self.window:
             return None
         keep, over = [], None
@@ -112,7 +112,7 @@ class SnapKVPolicy:
         scores = self.scores(prompt)
         scores = torch.nn.functional.pad(scores, (0, prompt.key.shape[2] - scores.shape[2]))
         positions = kept_positions(scores, keep, recent=self.window, real=prompt.real)
-        return Kept(_no_full(prompt), positions, over)
+        return KeptTokens(_no_full(prompt), positions, over)
 
 
 def _over(where: str, budget: float, share: float, names: str) -> str:
@@ -155,7 +155,7 @@ class _SplitPolicy:
         )
         return smooth_scores(observed, self.pool, real=prompt.real)
 
-    def keep(self, prompt: LayerPrompt, scores: Tensor, full: Tensor, middle: list[int]) -> Kept:
+    def keep(self, prompt: LayerPrompt, scores: Tensor, full: Tensor, middle: list[int]) -> KeptTokens:
         """middle: tokens of each text that a light head keeps beside sinks and recent ones, below 0 where even these
         are too many."""
         least = [min(length, self.sink + self.recent) for length in prompt.lengths]
@@ -170,11 +170,11 @@ class _SplitPolicy:
             share = (count * prompt.lengths[b] + (n - count) * keep[b]) / (n * prompt.lengths[b])
             over = _over(type(self).__name__, self.budget, share, "sink, recent and the full heads")
         if self.middle != "mean":
-            return Kept(full, positions, over)
-        return _with_means(prompt, Kept(full, positions, over), scores)
+            return KeptTokens(full, positions, over)
+        return _with_means(prompt, KeptTokens(full, positions, over), scores)
 
 
-def _with_means(prompt: LayerPrompt, kept: Kept, scores: Tensor) -> Kept:
+def _with_means(prompt: LayerPrompt, kept: KeptTokens, scores: Tensor) -> KeptTokens:
     """One more token for each head: the mean of what it drops, in the place of the first token dropped."""
     b, n, s = scores.shape
     index = kept.positions.masked_fill(kept.positions < 0, s)
@@ -192,7 +192,7 @@ def _with_means(prompt: LayerPrompt, kept: Kept, scores: Tensor) -> Kept:
     new = [torch.where(keeps, whole, one) for whole, one in zip((prompt.key, prompt.value), found, strict=True)]
     positions = torch.cat([kept.positions, place], 2)
     positions = positions.masked_fill(positions < 0, s).sort(-1).values
-    return Kept(kept.full, positions.masked_fill(positions == s, -1), kept.over, (new[0], new[1]))
+    return KeptTokens(kept.full, positions.masked_fill(positions == s, -1), kept.over, (new[0], new[1]))
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ class TaskKVPolicy(_SplitPolicy):
         chosen = torch.cat([order[:, : count - near], order[:, order.shape[1] - near :]], 1)
         return _no_full(prompt).scatter(1, chosen, True)
 
-    def __call__(self, prompt: LayerPrompt) -> Kept | None:
+    def __call__(self, prompt: LayerPrompt) -> KeptTokens | None:
         n, floor = prompt.key.shape[1], self.sink + self.recent
         if self.budget == 1 or max(prompt.lengths) <= floor:
             return None
@@ -301,7 +301,7 @@ class HeadMapPolicy(_SplitPolicy):
     def _total(self) -> int:
         return sum(self.heads)
 
-    def __call__(self, prompt: LayerPrompt) -> Kept | None:
+    def __call__(self, prompt: LayerPrompt) -> KeptTokens | None:
         floor, light = self.sink + self.recent, self._total - self._named
         if self.budget == 1 or max(prompt.lengths) <= floor:
             return None
