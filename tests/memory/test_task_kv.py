@@ -457,9 +457,16 @@ def test_a_fork_is_a_cache_of_its_own_policy(name):
     read(model, prompt, ids, real, [20, 30])
     fork, own = prompt.fork(policy), HeadBudgetCache(model, policy)
     assert prompt.share == 1 and prompt.get_seq_length() == 50
+    seen = prompt.prompts()
+    assert [(one.layer, one.lengths, one.query.shape[2]) for one in seen] == [(0, [50, 47], 8), (1, [50, 47], 8)]
+    with pytest.raises(ValueError, match="no uncompressed prompt"):
+        fork.prompts()
     wanted = read(model, own, ids, real, [50, 1, 1])[:, 50:]
     torch.testing.assert_close(read(model, fork, ids, real, [1, 1], start=50), wanted, rtol=1e-9, atol=1e-9)
     assert fork.kept_positions(1) == own.kept_positions(1)
+    other = prompt.fork(StreamingPolicy(1.0))  # its tokens are shared until it adds some
+    once, twice = (read(model, cache, ids, real, [1, 3], start=50) for cache in (other, prompt.fork(StreamingPolicy(1.0))))
+    assert torch.equal(once, twice)
     with pytest.raises(ValueError, match="looks at 20 queries but 8 are known"):
         prompt.fork(SnapKVPolicy(0.5, window=20))
     with pytest.raises(ValueError, match="compressed already"):

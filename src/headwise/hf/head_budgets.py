@@ -77,7 +77,13 @@ class Rectangle:
     """Keys and values `[b n s d]` of heads that keep equally many tokens, with room for more."""
 
     def __init__(self, keys: Tensor, values: Tensor):
-        self._keys, self._values, self.length = keys, values, keys.shape[2]
+        self._keys, self._values, self.length, self.shared = keys, values, keys.shape[2], False
+
+    def share(self) -> "Rectangle":
+        """The same tokens for another cache, copied when it adds to them."""
+        twin = Rectangle(self.keys, self.values)
+        twin.shared = True
+        return twin
 
     @property
     def keys(self) -> Tensor:
@@ -99,7 +105,8 @@ class Rectangle:
         end = self.length + keys.shape[2]
         # What inference mode made may not be written outside of it.
         frozen = self._keys.is_inference() and not torch.is_inference_mode_enabled()
-        if end > self._keys.shape[2] or frozen:
+        if end > self._keys.shape[2] or frozen or self.shared:
+            self.shared = False
             self._keys, self._values = (_roomier(x, self.length, end) for x in (self._keys, self._values))
         self._keys[:, :, self.length : end] = keys
         self._values[:, :, self.length : end] = values
@@ -293,18 +300,24 @@ class HeadBudgetLayer(CacheLayerMixin):
             )
         return real
 
+    def prompt(self) -> LayerPrompt | None:
+        """What a policy sees; None where there is nothing to decide."""
+        if self.observed is None or self.all is None:
+            return None
+        query, real, scale, softcap = self.observed
+        key, value = self.all.keys, self.all.values
+        lengths = [self.seen] * key.shape[0] if real is None else real.sum(1).tolist()
+        return LayerPrompt(query, key, value, real, lengths, scale, softcap, self.number, self.layers)
+
     def compress(self) -> None:
         """Let the policy decide over what was read so far. Nothing happens where it keeps everything, and the next
         text is then looked at together with this one."""
-        if self.observed is None or self.all is None:
+        prompt = self.prompt()
+        if prompt is None:
             return
-        (query, real, scale, softcap), whole = self.observed, self.all
         self.observed = None
-        key, value, seen = whole.keys, whole.values, self.seen
-        lengths = [seen] * key.shape[0] if real is None else real.sum(1).tolist()
-        found = self.policy(
-            LayerPrompt(query, key, value, real, lengths, scale, softcap, self.number, self.layers)
-        )
+        key, value, seen = prompt.key, prompt.value, self.seen
+        found = self.policy(prompt)
         if found is None or found.positions.shape[2] >= seen or bool(found.full.all()):
             return
         if found.over is not None:
@@ -462,6 +475,25 @@ class HeadBudgetLayer(CacheLayerMixin):
         return found[0], found[1], base.masked_fill(~seen, torch.finfo(base.dtype).min)
 
     # What it takes
+
+    def fork(self, policy: BudgetPolicy) -> "HeadBudgetLayer":
+        """A layer of a cache of another policy with the same prompt, of which nothing was dropped."""
+        module = self.module()
+        if module is None or self.split is not None:
+            raise ValueError("fork: the cache was compressed already; read the prompt with chunked=True and fork then")
+        known = 0 if self.observed is None else self.observed[0].shape[2]
+        if known < min(policy.window, self.seen):
+            raise ValueError(
+                f"fork: the policy looks at {policy.window} queries but {known} are known; make the cache with a "
+                "policy of a larger window"
+            )
+        new = HeadBudgetLayer(policy, module, self.number, self.layers, chunked=self.chunked, said=self.said)
+        new.is_initialized, new.seen, new.batch = self.is_initialized, self.seen, self.batch
+        if self.all is not None and self.observed is not None:
+            new.device, new.all = self.device, self.all.share()
+            query, *rest = self.observed
+            new.observed = (query[:, :, -policy.window :], *rest)
+        return new
 
     def rectangles(self) -> list[Rectangle]:
         return [one for one in (self.all, self.full, self.light) if one is not None]

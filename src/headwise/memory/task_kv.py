@@ -20,7 +20,7 @@ from headwise.attend.addresses import Head, select_heads
 from headwise.errors import UnsupportedModel
 from headwise.hf import dispatch
 from headwise.hf.addresses import attention_modules, layout, tower_kinds, unwrap
-from headwise.hf.head_budgets import BudgetPolicy, HeadBudgetLayer
+from headwise.hf.head_budgets import BudgetPolicy, HeadBudgetLayer, LayerPrompt
 from headwise.hf.shares import head_share
 from headwise.memory.budget_policies import HeadMapPolicy, Middle, TaskKVPolicy
 
@@ -85,23 +85,11 @@ class HeadBudgetCache(Cache):
         So several policies share one reading of the prompt: read it with `chunked=True`, then fork.
         Raises ValueError when something was dropped already, or the policy wants to see more queries than are known.
         """
-        if any(layer.split is not None for layer in self._layers):
-            raise ValueError("fork: the cache was compressed already; read the prompt with chunked=True and fork then")
-        seen = self.get_seq_length()
-        for layer in self._layers:
-            known = 0 if layer.observed is None else layer.observed[0].shape[2]
-            if known < min(policy.window, seen):
-                raise ValueError(
-                    f"fork: the policy looks at {policy.window} queries but {known} are known; make the cache with a "
-                    "policy of a larger window"
-                )
-        new = copy.deepcopy(self)
+        new = object.__new__(HeadBudgetCache)
+        layers: list[Any] = [layer.fork(policy) for layer in self._layers]
+        Cache.__init__(new, layers=layers)
         new.policy = policy
-        for layer in new._layers:
-            layer.policy = policy
-            if layer.observed is not None:
-                query, *rest = layer.observed
-                layer.observed = (query[:, :, -policy.window :], *rest)
+        new._connect(self._configs)
         new.finish_prefill()
         return new
 
@@ -116,6 +104,16 @@ class HeadBudgetCache(Cache):
         if layer_idx and self._layers[layer_idx - 1].pending:
             self._layers[layer_idx - 1].refuse_pending()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def prompts(self) -> list[LayerPrompt]:
+        """What a policy sees of each layer, while nothing was compressed: queries of the last tokens, keys, values.
+
+        Raises ValueError before a prompt was read (with `chunked=True`) and after it was compressed.
+        """
+        found = [layer.prompt() for layer in self._layers]
+        if any(prompt is None for prompt in found):
+            raise ValueError("prompts: there is no uncompressed prompt; read one with chunked=True")
+        return [prompt for prompt in found if prompt is not None]
 
     def finish_prefill(self) -> None:
         """Say that the prompt is whole: compress what was not compressed yet; texts that follow are kept."""
