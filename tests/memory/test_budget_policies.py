@@ -159,7 +159,9 @@ def test_the_window_and_the_sinks_are_kept_and_the_rest_is_what_was_looked_at():
 
 def test_full_heads_are_the_farthest_and_one_nearest():
     given = prompt(8, 200, batch=3)
-    distance = head_distance(semantic_vectors(given.query, given.key, given.value, window=8, top=20, pool=3, scale=0.35))
+    distance = head_distance(
+        semantic_vectors(given.query, given.key, given.value, window=8, top=20, pool=3, scale=0.35)
+    )
     for supplement in (0, 1, 2):
         policy = TaskKVPolicy(0.7, 2, 10, 8, 20, 3, beta=0.5, supplement=supplement)
         full = kept(policy, given).full

@@ -20,6 +20,7 @@ from headwise.attend.addresses import Head
 from headwise.attend.edits import BiasGroup, ScaleHeads
 from headwise.attend.groups import positions
 from headwise.errors import UnsupportedModel
+from headwise.hf import dispatch
 from headwise.hf.head_budgets import SLACK, BudgetPolicy
 from headwise.hf.inputs import with_cache
 from headwise.hf.maps import maps_during
@@ -218,7 +219,7 @@ def test_rows_that_change_places_take_what_they_keep_along(order, chunked):
 def test_beams_at_a_small_budget_choose_by_the_masked_scores():
     """The log-probability that beam search reports is that of a written-out forward under the same masks."""
     model = llama(2, 2)
-    ids, real = text(1, 40)
+    ids, _ = text(1, 40)
     cache = TaskKVCache(model, 0.5, **SMALL)
     made = model.generate(
         ids, cache=cache, num_beams=4, max_new_tokens=6, do_sample=False, length_penalty=0.0, **LOGITS,
@@ -414,7 +415,7 @@ def test_the_model_gets_its_own_attention_back():
     del second
     gc.collect()
     assert model.config._attn_implementation == "sdpa"
-    with pytest.raises((RuntimeError, ValueError), match="HeadBudgetCache|size"):
+    with pytest.raises((RuntimeError, ValueError), match=r"HeadBudgetCache|size"):
         read(model, cache, ids, real, [20, 1])
 
 
@@ -465,7 +466,9 @@ def test_a_fork_is_a_cache_of_its_own_policy(name):
     torch.testing.assert_close(read(model, fork, ids, real, [1, 1], start=50), wanted, rtol=1e-9, atol=1e-9)
     assert fork.kept_positions(1) == own.kept_positions(1)
     other = prompt.fork(StreamingPolicy(1.0))  # its tokens are shared until it adds some
-    once, twice = (read(model, cache, ids, real, [1, 3], start=50) for cache in (other, prompt.fork(StreamingPolicy(1.0))))
+    once, twice = (
+        read(model, cache, ids, real, [1, 3], start=50) for cache in (other, prompt.fork(StreamingPolicy(1.0)))
+    )
     assert torch.equal(once, twice)
     with pytest.raises(ValueError, match="looks at 20 queries but 8 are known"):
         prompt.fork(SnapKVPolicy(0.5, window=20))
@@ -528,6 +531,18 @@ def test_other_implementations_and_mechanisms_are_refused():
         TaskKVCache(model)
 
 
+def test_a_mechanism_in_the_place_of_attention_is_refused():
+    model = llama()
+
+    def uniform(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+        return value.mean(2, keepdim=True).expand_as(query).transpose(1, 2), None
+
+    dispatch.offer("headwise-uniform-of-a-test", uniform)
+    model.set_attn_implementation("headwise-uniform-of-a-test")
+    with pytest.raises(UnsupportedModel, match="a mechanism stands in for attention in layer 0 of LlamaForCausalLM"):
+        TaskKVCache(model)
+
+
 def test_a_vision_language_model_is_served_in_its_text_tower():
     family = FAMILIES["llava"]
     model = family.build()
@@ -552,7 +567,7 @@ def test_bad_input_while_it_runs():
         return TaskKVCache(model, 0.5, **SMALL)
 
     right = torch.arange(40).expand(2, 40) < torch.tensor([[40], [30]])
-    with pytest.raises(ValueError, match="a text ends in padding, .* pad on the left"):
+    with pytest.raises(ValueError, match=r"a text ends in padding, .* pad on the left"):
         model(input_ids=ids, attention_mask=right.long(), cache=cache())
     with pytest.raises(ValueError, match="use_cache=False was given together with a cache"):
         model(input_ids=ids, cache=cache(), use_cache=False)
@@ -561,7 +576,7 @@ def test_bad_input_while_it_runs():
     with pytest.raises(ValueError, match="holds a batch of 2 and was given one of 1; call reset"):
         read(model, used, ids[:1], real[:1], [1], start=30)
     model.train()
-    with pytest.raises(ValueError, match="training mode; call model.eval"):
+    with pytest.raises(ValueError, match=r"training mode; call model\.eval"):
         read(model, cache(), ids, real, [30])
     model.eval()
     with pytest.raises(ValueError, match="can be cropped"):

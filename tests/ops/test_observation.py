@@ -135,7 +135,10 @@ def test_kept_positions_are_sinks_recent_and_best(s, pads, sink, recent, more, s
     ("call", "message"),
     [
         (lambda: observed_attention(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 4, 4)), "5 queries but 4 keys"),
-        (lambda: observed_attention(torch.zeros(1, 3, 2, 4), torch.zeros(1, 2, 4, 4)), "3 query heads over 2 key heads"),
+        (
+            lambda: observed_attention(torch.zeros(1, 3, 2, 4), torch.zeros(1, 2, 4, 4)),
+            "3 query heads over 2 key heads",
+        ),
         (lambda: smooth_scores(torch.zeros(1, 1, 4), 2), "kernel is 2; expected an odd number of keys"),
         (lambda: smooth_scores(torch.zeros(1, 1, 4), 0), "kernel is 0"),
         (lambda: semantic_vectors(*qkv(1, 1, 1, 4), window=0), "window is 0 and top 256; expected 1 or more"),

@@ -115,7 +115,7 @@ class Held(Protocol):
         ...
 
 
-# The fresh keys that a cache returned to a module -> the cache's layer; looked up by the call of attention that follows.
+# The fresh keys that a cache returned to a module -> the cache's layer, for the call of attention that follows.
 _held = WeakIdKeyDictionary()
 
 # id(module) -> the module, kept alive, and what stands in for its attention.

@@ -11,7 +11,7 @@ number of tokens seen, and the columns of what a head keeps are taken out of the
 
 import warnings
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -136,6 +136,10 @@ class Split:
     positions: Int[Tensor, "b m w"]
     end: int
     has_empty: bool
+    inverse: Int[Tensor, "b n"] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.inverse = self.order.argsort(1)
 
     @property
     def sorts(self) -> bool:
@@ -148,12 +152,10 @@ class Split:
 
     def unsort(self, x: Tensor, groups: int) -> Tensor:
         """Undo `sort`."""
-        return _take_heads(x, self.order.argsort(1), groups) if self.sorts else x
+        return _take_heads(x, self.inverse, groups) if self.sorts else x
 
     def rows(self, index: Tensor) -> "Split":
-        return replace(
-            self, order=self.order.index_select(0, index), positions=self.positions.index_select(0, index)
-        )
+        return replace(self, order=self.order.index_select(0, index), positions=self.positions.index_select(0, index))
 
     def all_positions(self, seen: int) -> Tensor:
         """`[b light w + later]`."""
@@ -230,7 +232,7 @@ class HeadBudgetLayer(CacheLayerMixin):
                 "pieces",
                 f"HeadBudgetCache: a second text came before any token was generated, so the prompt was taken to be "
                 f"the first {self.seen} tokens; give chunked=True for a prompt in pieces, or call "
-                "cache.finish_prefill() after the prompt"
+                "cache.finish_prefill() after the prompt",
             )
         self.decoded |= length == 1 and self.seen > 0
         key, value = key_states.detach(), value_states.detach()
@@ -406,7 +408,7 @@ class HeadBudgetLayer(CacheLayerMixin):
         if split is None or (mask is None and not split.has_empty):
             return mask
         positions = split.all_positions(self.seen)
-        b, m, w = positions.shape
+        b, m = positions.shape[:2]
         held = (positions >= 0).repeat_interleave(groups, 1)[:, :, None]
         if mask is None:
             return held

@@ -1,8 +1,8 @@
 """What the heads of a KV cache keep of a prompt: sinks and recent tokens, what was looked at, the whole for some heads.
 
-A policy sees one layer after its prompt was read (`LayerPrompt`) and says what each key head keeps (`KeptTokens`, or None for
-everything). `budget` is always the share of the prompt's cache, in bytes over all layers, that is kept; tokens that come
-after the prompt are added to it. In a batch of texts of different lengths every text is treated as it would be alone.
+A policy sees one layer after its prompt was read (`LayerPrompt`) and says what each key head keeps (`KeptTokens`, or
+None for everything). `budget` is always the share of the prompt's cache, in bytes over all layers, that is kept; tokens
+that come after the prompt are added to it. In a batch every text is treated as it would be alone.
 
 Papers: headwise/papers/task_kv.py (He, Liu, Chen, 2025); SnapKV (Li et al., 2024); StreamingLLM (Xiao et al., 2024).
 """
@@ -10,7 +10,7 @@ Papers: headwise/papers/task_kv.py (He, Liu, Chen, 2025); SnapKV (Li et al., 202
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -97,9 +97,7 @@ class SnapKVPolicy:
         )
         before = observed.shape[2] - prompt.query.shape[2]
         real = None if prompt.real is None else prompt.real[:, :before]
-        return smooth_scores(
-            observed[..., :before], self.kernel, real=real, count_include_pad=self.count_include_pad
-        )
+        return smooth_scores(observed[..., :before], self.kernel, real=real, count_include_pad=self.count_include_pad)
 
     def __call__(self, prompt: LayerPrompt) -> KeptTokens | None:
         if self.budget == 1 or max(prompt.lengths) <= self.window:
@@ -310,5 +308,3 @@ class HeadMapPolicy(_SplitPolicy):
         full = _no_full(prompt)
         full[:, list(self.full[prompt.layer])] = True
         return self.keep(prompt, self.scores(prompt), full, middle)
-
-

@@ -192,9 +192,7 @@ class TaskKVCache(HeadBudgetCache):
             "middle": middle,
         }  # fmt: skip
         if full_heads is None:
-            policy = TaskKVPolicy(
-                **common, beta=beta, min_heads=min_heads, supplement=supplement, normalize=normalize
-            )
+            policy = TaskKVPolicy(**common, beta=beta, min_heads=min_heads, supplement=supplement, normalize=normalize)
             most = max(_key_heads(model))
             if min_heads is not None and min_heads > most:
                 raise ValueError(f"TaskKVCache: min_heads is {min_heads}; the model has {most} key heads in a layer")

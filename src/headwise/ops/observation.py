@@ -21,7 +21,7 @@ def observed_attention(
 ) -> Float[Tensor, "b n s"]:
     """The mean weight that the last w queries of a text give to each of its keys, one row for each key head.
 
-    Query i stands at position s - w + i and sees no later key; rows of the h / n query heads of a key head are averaged.
+    Query i stands at position s - w + i and sees no later key; the h / n query heads of a key head are averaged.
     scale: `d ** -0.5` when None. real: False on padding, which neither sees nor is seen. Rows sum to 1 (0 where a text
     has no real query among the last w). Returns float32, float64 for float64 inputs.
     Raises ValueError for more queries than keys, or heads that do not divide.
@@ -140,7 +140,7 @@ def kept_positions(
 
     Rows that keep less than the widest one end in -1. keep: not more than a row has real tokens.
     """
-    b, n, s = scores.shape
+    b, _, s = scores.shape
     if real is None:
         real = torch.ones(b, s, dtype=torch.bool, device=scores.device)
     rank = real.cumsum(-1) - 1

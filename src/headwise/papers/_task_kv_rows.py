@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import torch
@@ -249,9 +249,7 @@ def removed(reader: Reader, questions: Sequence[Question], seed: int) -> tuple[l
     return _answered(reader, questions, None), _answered(reader, questions, chosen), average
 
 
-def _answered(
-    reader: Reader, questions: Sequence[Question], without: list[set[tuple[int, int]]] | None
-) -> list[float]:
+def _answered(reader: Reader, questions: Sequence[Question], without: list[set[tuple[int, int]]] | None) -> list[float]:
     """Whether each answer is right when its own key heads are removed from the first token on."""
     texts = [torch.cat([one.context, one.question, one.answer[:-1]]) for one in questions]
     width = max(map(len, texts))
@@ -266,9 +264,7 @@ def _answered(
     longest = max(len(one.answer) for one in questions)
     with steer(reader.model, *([] if without is None else [ScaleHeads(scale.to(reader.device))])):
         said = forward(reader.model, None, ids.to(reader.device), real.to(reader.device), keep=longest).argmax(-1).cpu()
-    return [
-        float((said[row, longest - len(one.answer) :] == one.answer).all()) for row, one in enumerate(questions)
-    ]
+    return [float((said[row, longest - len(one.answer) :] == one.answer).all()) for row, one in enumerate(questions)]
 
 
 def others(splits: Splits) -> Measured:
@@ -398,7 +394,7 @@ def whole(readers: Sequence[Reader]) -> Measured:
         said = []
         for cache in (DynamicCache(config=model.config), TaskKVCache(model, 1.0, **COMMON, chunked=True)):
             cuts, logits = (0, 150, 180, 181, 182, 200), []
-            for start, end in zip(cuts, cuts[1:], strict=False):
+            for start, end in pairwise(cuts):
                 logits.append(forward(model, cache, ids[:, start:end], real[:, :end]))
             said.append(torch.cat(logits, 1))
         different += int((said[0] != said[1]).any(-1)[real].sum())
@@ -513,5 +509,3 @@ def draw(run: Run, found: Accuracies, splits: Splits) -> None:
             if way != WAYS[0] and (legend := axis.get_legend()) is not None:
                 legend.remove()
     run.figures.append(path)
-
-

@@ -97,7 +97,9 @@ class Reader:
     def best_key_heads(self, most: int) -> tuple[tuple[int, ...], ...]:
         """For each layer the key heads of the best retrieval heads (0.1 or more), at most so many in all."""
         table = self.scores.of("retrieval")
-        order = sorted((head for head in table if (table[head] or 0) >= RETRIEVAL), key=lambda head: -(table[head] or 0))
+        order = sorted(
+            (head for head in table if (table[head] or 0) >= RETRIEVAL), key=lambda head: -(table[head] or 0)
+        )
         chosen: list[tuple[int, int]] = []
         for head in order:
             place = (head.layer, head.head * self.kv_heads[head.layer] // self.heads)

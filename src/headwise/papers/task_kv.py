@@ -188,8 +188,8 @@ PAPER = Paper(
         Claim(
             id="bytes",
             kind="check",
-            claim="Every method keeps what its budget says, in bytes over all layers, sinks and recent tokens included.",
-            criterion="for every method, task and budget the measured share lies at the budget or at most 4 points below",
+            claim="Every method keeps what its budget says, in bytes over all layers, sinks and recent ones included.",
+            criterion="for every method, task and budget the measured share is the budget or at most 4 points below",
         ),
     ),
 )
