@@ -170,7 +170,7 @@ def test_the_checks_hold(tasks):
 
 
 def test_the_picture_is_drawn(run):
-    rows.draw(run, made_up(task=0.9), rows.Splits())
+    rows.draw(run, made_up(task=0.9))
     assert run.figures[-1] == Path(run.out) / "task-kv.png" and run.figures[-1].stat().st_size > 10_000
 
 

@@ -40,7 +40,7 @@ from headwise.papers._task_kv_setup import (
 from headwise.papers.running import Run
 from headwise.papers.statistics import bootstrap_interval, mean, paired_bootstrap_interval
 from headwise.papers.verdicts import Measured
-from headwise.report.plots import figure, lines
+from headwise.report.plots import bars, figure, lines
 from headwise.tasks.mixture import Mixture
 
 PAIRS, REMOVED, DRAWS = 128, 64, 4  # texts whose splits are compared; questions without some heads; draws of others
@@ -490,22 +490,27 @@ def _interval(low: float, high: float, form: str = ".2f") -> str:
     return f"[{low:{form}}, {high:{form}}]"
 
 
-def draw(run: Run, found: Accuracies, splits: Splits) -> None:
-    """Answers right against bytes kept, one panel for each way of asking."""
+def draw(run: Run, found: Accuracies) -> None:
+    """Answers right against bytes kept, one panel for each way of asking; and task by task at 40 % of the bytes."""
     path = run.out / f"{run.paper.slug}.png"
-    with figure(path, 2) as panels:
+    methods = [method for method in METHODS if method != FULL]
+    percent = [round(100 * budget) for budget in BUDGETS]
+    with figure(path, 3, width=5.0, height=3.6) as (*panels, single):
         for axis, way in zip(panels, WAYS, strict=True):
             shown = {
-                method: [100 * mean(found.of_method(method, budget, way)) for budget in BUDGETS]
-                for method in METHODS
-                if method != FULL
+                method: [100 * mean(found.of_method(method, budget, way)) for budget in BUDGETS] for method in methods
             }
-            percent = [round(100 * budget) for budget in BUDGETS]
-            lines(axis, percent, shown, x="bytes kept, %", y="answers right, %" if way == WAYS[0] else "")
+            lines(axis, percent, shown, x="bytes kept, %", y="answers right, %", title=f"question {way}")
             axis.axhline(100 * mean(found.of_method(FULL, 1.0, way)), color="#5a626c", lw=1, ls=":")
-            axis.set_title(f"question {way}")
+            axis.text(percent[0], 100 * mean(found.of_method(FULL, 1.0, way)) + 1, "full cache", color="#5a626c")
             axis.set_ylim(0, 102)
             axis.set_xticks(percent)
-            if way != WAYS[0] and (legend := axis.get_legend()) is not None:
+            if (legend := axis.get_legend()) is not None:
                 legend.remove()
+        each = {
+            method: [100 * mean(found.of_method(method, 0.4, WAYS[0], task)) for task in found.tasks]
+            for method in methods
+        }
+        bars(single, found.tasks, each, y="answers right, %", title="40 % of the bytes, question in the prompt")
+        single.tick_params(axis="x", labelsize=8)
     run.figures.append(path)

@@ -203,7 +203,7 @@ def reproduce(run: "Run") -> dict[str, "Measured"]:
     readers = [Reader.load(name, run) for name in ("tasks", "text")]
     found = Accuracies.of(readers, run)
     splits = rows.Splits.of(readers, run)
-    rows.draw(run, found, splits)
+    rows.draw(run, found)
     return {
         "memory": rows.memory(readers),
         "tasks-differ": rows.tasks_differ(readers, found, run),
