@@ -56,7 +56,7 @@ def stock(name: str, length: int) -> Any:
 
 
 def ours(policy: Any, length: int) -> Any:
-    made = HeadBudgetCache(model(), policy)
+    made: Any = HeadBudgetCache(model(), policy)
     for number, layer in enumerate(model().model.layers):
         query, key, value = contents(number, length)
         made.update(key, value, number)
@@ -92,7 +92,7 @@ def variants(length: int) -> list[Variant]:
 
 def check() -> None:
     """With a full budget the tokens that follow get the bits of DynamicCache; with less, other ones."""
-    runs = {variant.name: variant.make()() for variant in variants(LENGTHS[0]) if variant.skip is None}
+    runs: dict[str, Any] = {variant.name: variant.make()() for variant in variants(LENGTHS[0]) if variant.skip is None}
     whole = runs.pop("Task-KV, the whole prompt")
     if not torch.equal(whole, runs["DynamicCache"]) and setting.device == "cpu":
         raise AssertionError("kv: a cache of the whole prompt differs from DynamicCache")

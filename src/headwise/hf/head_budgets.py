@@ -154,6 +154,10 @@ class Split:
         """Undo `sort`."""
         return _take_heads(x, self.inverse, groups) if self.sorts else x
 
+    @property
+    def nbytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in (self.order, self.inverse, self.positions))
+
     def rows(self, index: Tensor) -> "Split":
         return replace(self, order=self.order.index_select(0, index), positions=self.positions.index_select(0, index))
 
@@ -292,7 +296,7 @@ class HeadBudgetLayer(CacheLayerMixin):
         if mask is None:
             return None
         seen = mask if mask.dtype == torch.bool else hide_exactly(mask) != -torch.inf
-        real = seen[:, 0, -1, : self.seen].expand(self.batch, -1)
+        real = seen[:, 0, -1, : self.seen].expand(self.batch or 1, -1)
         if bool(real.all()):
             return None
         if not bool(real[:, -1].all()):
@@ -493,8 +497,8 @@ class HeadBudgetLayer(CacheLayerMixin):
         new.is_initialized, new.seen, new.batch = self.is_initialized, self.seen, self.batch
         if self.all is not None and self.observed is not None:
             new.device, new.all = self.device, self.all.share()
-            query, *rest = self.observed
-            new.observed = (query[:, :, -policy.window :], *rest)
+            query, real, scale, softcap = self.observed
+            new.observed = (query[:, :, -policy.window :], real, scale, softcap)
         return new
 
     def rectangles(self) -> list[Rectangle]:

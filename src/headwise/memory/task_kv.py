@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -123,8 +123,11 @@ class HeadBudgetCache(Cache):
 
     def kept_positions(self, layer: int) -> list[list[list[int]]]:
         """For each row and key head of a layer the positions that it holds, padding included where it is held."""
-        held = self._layers[layer].held_positions()
-        return [[torch.nonzero(head)[:, 0].tolist() for head in row] for row in held]
+        return [[torch.nonzero(head)[:, 0].tolist() for head in row] for row in self.held(layer)]
+
+    def held(self, layer: int) -> Bool[Tensor, "b n s"]:
+        """`kept_positions` as a mask over all tokens seen. Raises ValueError before a text was read."""
+        return self._layers[layer].held_positions()
 
     @property
     def heterogeneous(self) -> list[Int[Tensor, "b f"] | None]:
@@ -144,7 +147,7 @@ class HeadBudgetCache(Cache):
         """Bytes that the cache takes, room for more tokens and bookkeeping included."""
         held = sum(rectangle.allocated for layer in self._layers for rectangle in layer.rectangles())
         splits = [layer.split for layer in self._layers if layer.split is not None]
-        return held + sum(x.numel() * x.element_size() for split in splits for x in (split.order, split.positions))
+        return held + sum(split.nbytes for split in splits)
 
     @property
     def share(self) -> float:

@@ -36,8 +36,8 @@ def observed_attention(
     if h % n:
         raise ValueError(f"observed_attention: {h} query heads over {n} key heads; the key heads must divide them")
     dtype = torch.promote_types(query.dtype, torch.float32)
-    scale = d**-0.5 if scale is None else scale
-    scores = (query.to(dtype).reshape(b, n, -1, d) @ key.to(dtype).mT).view(b, n, h // n, w, s) * scale
+    factor = d**-0.5 if scale is None else scale
+    scores = (query.to(dtype).reshape(b, n, -1, d) @ key.to(dtype).mT).view(b, n, h // n, w, s) * factor
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     columns = torch.arange(s, device=key.device)

@@ -136,9 +136,9 @@ def memory(readers: Sequence[Reader]) -> Measured:
         for length in (128, 256, 512):
             ids = torch.zeros(1, length, dtype=torch.long, device=reader.device)
             real = torch.ones_like(ids, dtype=torch.bool)
-            cache = DynamicCache(config=model.config)
+            cache: Any = DynamicCache(config=model.config)
             forward(model, cache, ids, real, keep=1)
-            sizes[length] = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values) if x is not None)
+            sizes[length] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
             small = TaskKVCache(model, 0.4, **COMMON)
             forward(model, small, ids, real, keep=1)
             ours[length] = small.nbytes
@@ -413,7 +413,7 @@ def mask(readers: Sequence[Reader]) -> Measured:
         cache = TaskKVCache(model, 0.4, **COMMON)
         forward(model, cache, ids[:, :190], real[:, :190])
         said = [forward(model, cache, ids[:, at : at + 1], real[:, : at + 1]) for at in range(190, 200)]
-        held = [layer.held_positions() for layer in cache.layers]
+        held = [cache.held(layer) for layer in range(len(cache))]
 
         def hidden(weights: Tensor, rows: Any, held: list[Tensor] = held) -> Tensor:
             kept = held[rows.call.layer].repeat_interleave(weights.shape[1] // held[0].shape[1], 1)[:, :, None]
