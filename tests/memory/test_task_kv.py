@@ -466,7 +466,7 @@ def test_a_fork_is_a_cache_of_its_own_policy(name):
     fork, own = prompt.fork(policy), HeadBudgetCache(model, policy)
     assert prompt.share == 1 and prompt.get_seq_length() == 50
     seen = prompt.prompts()
-    assert [(one.layer, one.lengths, one.query.shape[2]) for one in seen] == [(0, [50, 47], 8), (1, [50, 47], 8)]
+    assert [(one.layer, one.lengths, one.query.shape[2]) for one in seen] == [(0, [47, 50], 8), (1, [47, 50], 8)]
     with pytest.raises(ValueError, match="no uncompressed prompt"):
         fork.prompts()
     wanted = read(model, own, ids, real, [50, 1, 1])[:, 50:]
