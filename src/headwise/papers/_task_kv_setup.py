@@ -285,7 +285,8 @@ class Accuracies:
             for budget in (1.0,) if method == FULL else BUDGETS:
                 self._add((*place, method, budget), *prompts.right(reader.policy(method, budget, seed)))
         for name, policy in middles(reader, 0.4, seed).items():
-            self._add((*place, name, 0.4), *prompts.right(policy))
+            if name == MORE_RECENT or place[2] == WAYS[0]:
+                self._add((*place, name, 0.4), *prompts.right(policy))
 
     def _add(self, key: tuple[str, str, str, str, float], right: list[bool], share: float) -> None:
         self.right.setdefault(key, []).extend(right)
