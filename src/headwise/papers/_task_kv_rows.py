@@ -365,7 +365,6 @@ def outperforms(found: Accuracies) -> Measured:
         gains = {rival: _difference(found, TASK, rival, budget, WAYS[0]) for rival in (STREAMING, SNAP, MAP)}
         parts += gains.values()
         said.append(f"{budget:.0%}: " + ", ".join(f"{_points(gain)} to {rival}" for rival, gain in gains.items()))
-        values |= {f"Task-KV - {rival}, {budget:.0%}": gain[0] for rival, gain in gains.items()}
     beside = []
     for way in WAYS:
         for budget in BUDGETS:
@@ -376,6 +375,12 @@ def outperforms(found: Accuracies) -> Measured:
             )
         values[f"full cache, {way}"] = mean(found.of_method(FULL, 1.0, way))
         beside.append(f"full cache {way} {values[f'full cache, {way}']:.0%}")
+    for way in WAYS:
+        for budget in BUDGETS:
+            for rival in (FULL, STREAMING, SNAP, EQUAL, RANDOM, MAP):
+                gap = _difference(found, TASK, rival, budget, way)
+                for end, value in zip(("", ", low", ", high"), gap, strict=True):
+                    values[f"Task-KV - {rival}, {budget:.0%}, {way}{end}"] = value
     for task in found.tasks:
         for method in METHODS:
             budget = 1.0 if method == FULL else 0.4
