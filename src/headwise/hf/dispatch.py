@@ -15,9 +15,11 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -27,12 +29,15 @@ from headwise.errors import UnsupportedModel
 
 __all__ = [
     "NAME",
+    "Held",
     "Mechanism",
     "aside",
     "assign",
     "base_function",
     "base_name",
     "gates_of",
+    "held",
+    "hold",
     "is_aside",
     "mechanism_of",
     "offer",
@@ -94,6 +99,29 @@ class _Offer:
 _offered: dict[str, _Offer] = {}
 
 _bases: dict[int, str] = {}  # id(config) -> the implementation beneath a mechanism's name, while the config lives
+
+
+@runtime_checkable
+class Held(Protocol):
+    """A layer of a cache that holds different keys for different heads, and so must attend itself."""
+
+    def attend(self, function: Mechanism, module: nn.Module, query, key, value, mask, **options) -> tuple:
+        """What `function`, the module's own, gives over what is held."""
+        ...
+
+    def expanded(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, shapes_only: bool
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Keys and values of all positions and the mask `[b h t s]` that hides what a head does not hold."""
+        ...
+
+    def settle(self, module: nn.Module, query: Tensor, mask: Any, **options) -> None:
+        """Called once after each call of attention."""
+        ...
+
+
+# The fresh keys that a cache returned to a module -> the cache's layer, for the call of attention that follows.
+_held = WeakIdKeyDictionary()
 
 # id(module) -> the module, kept alive, and what stands in for its attention.
 _assigned: dict[int, tuple[nn.Module, Mechanism]] = {}
@@ -174,6 +202,16 @@ def unassign(module: nn.Module) -> None:
     with LOCK:
         del _assigned[id(module)]
         restore(module.config)
+
+
+def hold(key: Tensor, layer: Held) -> None:
+    """Let the call of attention that receives these very keys attend to what a cache's layer holds."""
+    _held[key] = layer
+
+
+def held(key: Tensor) -> Held | None:
+    """The cache's layer that returned these keys, once; None for the keys of ordinary caches."""
+    return None if torch.compiler.is_compiling() or not _held else _held.pop(key, None)
 
 
 def mechanism_of(module: nn.Module) -> Mechanism | None:
@@ -323,10 +361,16 @@ def _attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
+    options = {"scaling": scaling, "dropout": dropout, **kwargs}
     handler = getattr(_local, "aside", None) or _handlers.get(id(module))
-    if handler is None:
-        handler = previous_function(module)
-    return handler(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if handler is not None:
+        return handler(module, query, key, value, attention_mask, **options)
+    layer, function = held(key), previous_function(module)
+    if layer is None:
+        return function(module, query, key, value, attention_mask, **options)
+    out = layer.attend(function, module, query, key, value, attention_mask, **options)
+    layer.settle(module, query, attention_mask, **options)
+    return out
 
 
 def _mask(*args, config: Any = None, **kwargs):

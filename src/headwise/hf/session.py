@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -318,16 +319,31 @@ class Session:
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """One attention call of one of this model's modules."""
+        options = {"scaling": scaling, "dropout": dropout, **kwargs}
+        held = dispatch.held(key)
+        found = self._handle(module, (query, key, value, attention_mask), options, held)
+        if held is not None:
+            held.settle(module, query, attention_mask, **options)
+        return found
+
+    def _handle(
+        self, module: nn.Module, arguments: tuple, options: dict[str, Any], held: dispatch.Held | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """held: the layer of the cache, where it holds other keys for each head."""
+        query, key, value, attention_mask = arguments
+        dropout = options["dropout"]
         tower, layer = self.places[module]
         edits = [b for c in self.contexts for b in c.edits if b.heads.get((tower, layer))]
         replayed = torch._C._current_graph_task_id() != -1
         probes = [] if replayed else [p for c in self.contexts for p in c.probes]
         weights_probes = [p for p in probes if p.reads_weights]
         previous = dispatch.previous_function(module)
+        if held is not None:
+            previous = partial(held.attend, previous)
         step = self.step(tower)
-        wants_weights = bool(kwargs.get("output_attentions") or (step is not None and step.wants_weights))
+        wants_weights = bool(options.get("output_attentions") or (step is not None and step.wants_weights))
         if not edits and not probes and not wants_weights:
-            return previous(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+            return previous(module, *arguments, **options)
         if dropout and (weights_probes or any(not isinstance(b.edit, OutputEdit) for b in edits)):
             raise ValueError(
                 f"attention dropout is {dropout} and the model is in training mode: weights would not be those that "
@@ -342,21 +358,26 @@ class Session:
                 "mode zero, mean or resample)"
             )
         # A paged cache reaches attention itself up to transformers 5.23; later only the places in it do.
-        if kwargs.get("cache") is not None or "read_index" in kwargs:
+        if options.get("cache") is not None or "read_index" in options:
             raise UnsupportedModel("continuous batching is not supported; call generate or the model itself")
         kind = self.kinds.get(tower, "causal")
-        seen = dispatch.seen(module, query, key, attention_mask)
-        call = read_call(module, query, key, value, seen, scaling, kwargs, kind, step, self.step("encoder"))
+        read = (key, value, attention_mask)
+        if held is not None:
+            outputs_only = all(isinstance(b.edit, OutputEdit) for b in edits) and not weights_probes
+            read = held.expanded(query, *read, shapes_only=outputs_only and not wants_weights)
+        seen = dispatch.seen(module, query, read[0], read[2])
+        call = read_call(
+            module, query, read[0], read[1], seen, options["scaling"], options, kind, step, self.step("encoder")
+        )
         call.tower, call.layer = tower, layer
         share = self._share(module, query.shape[1])
         if share is not None:
             call.heads = share.numbers(query.shape[1])
-        arguments = (query, key, value, attention_mask)
-        options = {"scaling": scaling, "dropout": dropout, **kwargs}
         gates = self._gates(module, arguments, options, edits)
         if gates is not None:
             previous = dispatch.base_function(module)  # edits change what is gated
         plain = Plain(previous, module, arguments, options)
+        plain.is_fused = plain.is_fused and held is None
         self._refuse_moved_rows(call, edits)
         self._thread.call = (module, call)
         out = attend(call, edits, weights_probes if share is None else [], plain)
