@@ -110,7 +110,7 @@ def test_the_mask_has_the_keys_that_sorting_finds(keep, std, dtype):
         p.proj_back_n.normal_(std=std)
     assert torch.equal(p.mask(q, k), connectivity_from_indices(p(q, k), 26))
     few = torch.tensor([[0, 3, 4, 7, 11, 25], [0, 1, 2, 3, 20, 21]])
-    short = [x[:, :, :6] for x in (q, k)]
+    short = (q[:, :, :6], k[:, :, :6])
     assert torch.equal(p.mask(*short, few), connectivity_from_indices(p(*short, few), 6))
     assert p.mask(q[:0], k[:0]).shape == (0, 4, 26, 26)
 

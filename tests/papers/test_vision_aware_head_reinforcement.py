@@ -113,9 +113,9 @@ def test_blinding_is_of_the_heads_with_the_largest_divergence(one, run, monkeypa
     row = rows.aware(run, one)
     table = setup.divergence_map(one).of()
     for layer in range(4):
-        best = sorted((head for head in table if head.layer == layer and not head.tower), key=lambda head: table[head])[
-            -2:
-        ]
+        best = sorted(
+            (head for head in table if head.layer == layer and not head.tower), key=lambda head: table[head] or 0.0
+        )[-2:]
         assert all(str(head) in row.measured for head in best)
     assert row.values["lost"] > 0
 

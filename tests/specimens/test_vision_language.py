@@ -1,6 +1,7 @@
 """The vision-language specimen: its recipe, its inputs, what it sees and what it makes up, and a sink put into it."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -131,7 +132,8 @@ def test_it_loads_like_any_llava_and_writes_captions(specimen):
     scenes = shapes_captions(4, sigma=0.3, seed=2)
     inputs = vision_language_inputs(scenes)
     assert image_positions(found.model, inputs).sum(1).tolist() == [16] * 4
-    new = found.model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    model: Any = found.model
+    new = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     texts = [text.strip() for text in found.tokenizer.batch_decode(new, skip_special_tokens=True)]
     assert texts == recipe.written_captions(found.model, scenes)
     assert sum(text == truth for text, truth in zip(texts, scenes.captions(), strict=True)) >= 2

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from tests.zoo import FAMILIES, families
 
 from headwise.attend.addresses import Head
+from headwise.attend.edit import Edit
 from headwise.attend.edits import ScaleHeads
 from headwise.attend.groups import image_tokens, recent, spans
 from headwise.attend.saving import load_edits, save_edits
@@ -47,6 +49,12 @@ def logits(model, inputs, *edits):
         return model(**inputs).logits
 
 
+def picked(edit):
+    """`[b l h]` the heads that an edit has chosen, which it has."""
+    assert edit.chosen is not None
+    return edit.chosen
+
+
 def naive_choice(model, inputs, layers, alpha):
     """`[b l h]` what is chosen by one pair of separate forwards for every layer, those before it reinforced."""
     count, heads = model.config.text_config.num_hidden_layers, model.config.text_config.num_attention_heads
@@ -71,11 +79,11 @@ def test_the_choice_is_made_layer_by_layer_in_one_forward(model, inputs, alpha):
     edit = VisionAwareHeadReinforcement(alpha)
     found = logits(model, inputs, edit)
     scale = naive_choice(model, inputs, (1, 2, 3), alpha)
-    assert edit.chosen is not None and torch.equal(edit.chosen, scale != 1)
+    assert picked(edit) is not None and torch.equal(picked(edit), scale != 1)
     torch.testing.assert_close(found, logits(model, inputs, ScaleHeads(scale=scale)), atol=1e-5, rtol=1e-4)
     at_once = vision_divergence(model, inputs).chosen()
-    assert not torch.equal(edit.chosen[:, 2:], at_once[:, 2:]), "later layers see that earlier ones are reinforced"
-    assert len({tuple(row.flatten().tolist()) for row in edit.chosen}) > 1, "every picture has its own heads"
+    assert not torch.equal(picked(edit)[:, 2:], at_once[:, 2:]), "later layers see that earlier ones are reinforced"
+    assert len({tuple(row.flatten().tolist()) for row in picked(edit)}) > 1, "every picture has its own heads"
 
 
 @pytest.mark.parametrize("name", VISUAL)
@@ -84,7 +92,7 @@ def test_it_does_so_in_every_family_with_grouped_keys(name):
     edit = VisionAwareHeadReinforcement(2.0, layers="all")
     found = logits(model, inputs, edit)
     scale = naive_choice(model, inputs, (0, 1), 2.0)
-    assert torch.equal(edit.chosen, scale > 1)
+    assert torch.equal(picked(edit), scale > 1)
     torch.testing.assert_close(found, logits(model, inputs, ScaleHeads(scale=scale)), atol=1e-5, rtol=1e-4)
 
 
@@ -94,7 +102,7 @@ def test_scaling_a_head_is_scaling_its_columns_of_the_projection(model, inputs):
     found = logits(model, single, edit)
     folded = copy.deepcopy(model)
     with torch.no_grad():
-        for layer, chosen in enumerate(edit.chosen[0]):
+        for layer, chosen in enumerate(picked(edit)[0]):
             weight = folded.model.language_model.layers[layer].self_attn.o_proj.weight
             weight.mul_(torch.where(chosen, 2.0, 1.0).repeat_interleave(8))
         torch.testing.assert_close(found, folded(**single).logits, atol=1e-5, rtol=1e-6)
@@ -115,7 +123,7 @@ def test_outliers_may_be_kept(model, inputs):
         logits(model, inputs, edit)
     found = vision_divergence(model, inputs)
     for edit, flag in ((kept, False), (dropped, True)):
-        assert torch.equal(edit.chosen[:, 1], found.chosen(drop_outliers=flag)[:, 1])
+        assert torch.equal(picked(edit)[:, 1], found.chosen(drop_outliers=flag)[:, 1])
 
 
 # How it may be run
@@ -126,11 +134,11 @@ def test_batches_with_padding_are_their_rows(model):
     texts = ["describe :", "describe : ring , hook ,", "is there a ring ?"]
     batch, edit = vision_language_inputs(scenes, texts), VisionAwareHeadReinforcement(2.0)
     found = logits(model, batch, edit)
-    chosen = edit.chosen
+    chosen = picked(edit)
     for row in range(3):
         alone = vision_language_inputs(scenes[row : row + 1], texts[row : row + 1])
         torch.testing.assert_close(found[row, -1], logits(model, alone, edit)[0, -1], atol=1e-5, rtol=1e-4)
-        assert torch.equal(edit.chosen[0], chosen[row])
+        assert torch.equal(picked(edit)[0], chosen[row])
     right = vision_language_inputs(scenes, texts, padding="right")
     outputs = logits(model, right, edit)
     last = right["attention_mask"].sum(1) - 1
@@ -144,7 +152,7 @@ def test_writing_with_a_cache_is_writing_without_one(model, inputs):
         written = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     plain = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     assert not torch.equal(written, plain)
-    scale = torch.where(edit.chosen, 2.0, 1.0)
+    scale = torch.where(picked(edit), 2.0, 1.0)
     ids = inputs["input_ids"]
     for _ in range(written.shape[1] - prompt):
         given = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -161,9 +169,9 @@ def test_a_prompt_in_parts_keeps_its_first_choice(model, inputs):
     edit = VisionAwareHeadReinforcement(2.0)
     with torch.no_grad(), steer(model, edit):
         first = model(input_ids=ids, pixel_values=pixels, use_cache=True)
-        chosen = edit.chosen
+        chosen = picked(edit)
         parts = model(input_ids=more, **with_cache(model, cache_of(first))).logits
-    assert edit.chosen is chosen
+    assert picked(edit) is chosen
     whole = {"input_ids": torch.cat([ids, more], 1), "pixel_values": pixels}
     expected = logits(model, whole, ScaleHeads(scale=torch.where(chosen, 2.0, 1.0)))
     torch.testing.assert_close(parts, expected[:, -3:], atol=1e-5, rtol=1e-4)
@@ -174,20 +182,20 @@ def test_text_before_the_picture_in_a_part_of_its_own_waits_for_it(model, inputs
     edit = VisionAwareHeadReinforcement(2.0)
     with torch.no_grad(), steer(model, edit):
         first = model(input_ids=ids[:, :1], use_cache=True)
-        assert edit.chosen is None
+        assert picked(edit) is None
         model(input_ids=ids[:, 1:], pixel_values=pixels, **with_cache(model, cache_of(first)))
     one = VisionAwareHeadReinforcement(2.0)
     logits(model, {"input_ids": ids, "pixel_values": pixels}, one)
-    assert torch.equal(edit.chosen[:, 1], one.chosen[:, 1])
+    assert torch.equal(picked(edit)[:, 1], picked(one)[:, 1])
 
 
 def test_beams_share_the_heads_of_their_sequence(model, inputs):
     edit = VisionAwareHeadReinforcement(2.0)
     with torch.no_grad(), steer(model, edit):
         model.generate(**inputs, max_new_tokens=1, do_sample=False)
-        single = edit.chosen
+        single = picked(edit)
         beams = model.generate(**inputs, max_new_tokens=8, num_beams=3, do_sample=False)
-        many = edit.chosen
+        many = picked(edit)
     assert many.shape[0] in (5, 15)
     assert torch.equal(many if len(many) == 5 else many[::3], single)
     with torch.no_grad(), steer(model, ScaleHeads(scale=torch.where(single, 2.0, 1.0).repeat_interleave(3, 0))):
@@ -197,7 +205,7 @@ def test_beams_share_the_heads_of_their_sequence(model, inputs):
 def test_a_prompt_without_a_picture_is_untouched_also_beside_one_with(model, inputs):
     text = vision_language_inputs(None, ["describe : ring ,", "describe :"])
     edit = VisionAwareHeadReinforcement(2.0)
-    assert torch.equal(logits(model, text, edit), logits(model, text)) and edit.chosen is None
+    assert torch.equal(logits(model, text, edit), logits(model, text)) and picked(edit) is None
     scenes = shapes_captions(1, seed=1)
     mixed = vision_language_inputs(scenes, "describe :")
     other = torch.nn.functional.pad(torch.tensor([[0, 5, 6]]), (16, 0), value=1)
@@ -208,7 +216,7 @@ def test_a_prompt_without_a_picture_is_untouched_also_beside_one_with(model, inp
         "pixel_values": mixed["pixel_values"],
     }
     found = logits(model, both, edit)
-    assert edit.chosen[0].any() and not edit.chosen[1].any()
+    assert picked(edit)[0].any() and not picked(edit)[1].any()
     torch.testing.assert_close(found[1], logits(model, both)[1])
     torch.testing.assert_close(found[0, -1], logits(model, mixed, edit)[0, -1], atol=1e-5, rtol=1e-4)
 
@@ -219,7 +227,7 @@ def test_several_pictures_go_together():
     both = {"input_ids": ids, "pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)}
     edit = VisionAwareHeadReinforcement(2.0, "1")
     logits(model, both, edit)
-    assert torch.equal(edit.chosen, naive_choice(model, both, (1,), 2.0) > 1)
+    assert torch.equal(picked(edit), naive_choice(model, both, (1,), 2.0) > 1)
 
 
 def test_another_part_of_the_prompt_can_be_what_counts():
@@ -230,7 +238,7 @@ def test_another_part_of_the_prompt_can_be_what_counts():
     edit = VisionAwareHeadReinforcement(3.0, "0", group=spans([(2, 6)]))
     logits(model, {"input_ids": ids}, edit)
     expected = context_divergence(model, ids, without({"input_ids": ids}, group)).chosen()
-    assert torch.equal(edit.chosen[:, 0], expected[:, 0]) and not edit.chosen[:, 1].any()
+    assert torch.equal(picked(edit)[:, 0], expected[:, 0]) and not picked(edit)[:, 1].any()
 
 
 def test_rows_and_heads_can_be_limited(model, inputs):
@@ -245,11 +253,11 @@ def test_rows_and_heads_can_be_limited(model, inputs):
     assert torch.equal(outputs["prompt"][0], outputs["all"][0])
     assert not torch.allclose(outputs["prompt"][1], outputs["all"][1], atol=1e-3)
     later = VisionAwareHeadReinforcement(2.0, when="generated")
-    assert torch.equal(logits(model, inputs, later), logits(model, inputs)) and later.chosen[:, 1:].any()
+    assert torch.equal(logits(model, inputs, later), logits(model, inputs)) and picked(later)[:, 1:].any()
     some = VisionAwareHeadReinforcement(2.0, heads=["1.0", "1.1", "1.2", Head(0, 3)])
     logits(model, inputs, some)
-    assert some.chosen[:, 1, :3].any() and some.chosen.sum() == some.chosen[:, 1, :3].sum()
-    assert torch.equal(some.chosen[:, 1, :3], every.chosen[:, 1, :3])
+    assert picked(some)[:, 1, :3].any() and picked(some).sum() == picked(some)[:, 1, :3].sum()
+    assert torch.equal(picked(some)[:, 1, :3], picked(every)[:, 1, :3])
 
 
 def test_two_models_choose_for_themselves(model, inputs):
@@ -277,7 +285,7 @@ def test_it_is_saved_as_json(tmp_path):
     edit = VisionAwareHeadReinforcement(1.5, (1, slice(-2, None)), False)
     assert edit.layers == "1,-2:"
     save_edits([edit], str(tmp_path / "edit.json"))
-    known = {"VisionAwareHeadReinforcement": VisionAwareHeadReinforcement}
+    known: dict[str, Callable[..., Edit]] = {"VisionAwareHeadReinforcement": VisionAwareHeadReinforcement}
     assert load_edits(str(tmp_path / "edit.json"), known) == [edit]
 
 

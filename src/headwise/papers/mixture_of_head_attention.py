@@ -60,7 +60,7 @@ PAPER = Paper(
             ),
             control="multi-head attention of the same sizes, trained alike",
             known=(
-                "half of the heads take 0.61 to 0.66 of the time, but networks of 8 heads of 4 channels end 1.9 to 3.0 "
+                "half of the heads take 0.58 to 0.65 of the time, but networks of 8 heads of 4 channels end 1.9 to 3.0 "
                 "points below multi-head attention (3 seeds, 2 networks each), in two seeds a head is used by more "
                 "than 95 % of the tokens, and learned routers add 3.5 % of parameters (1.2 % of attention in ViT-B)"
             ),
