@@ -62,6 +62,11 @@ PAPER = Paper(
                 "exclude 0"
             ),
             control="the same gap between right and wrong shapes in the earlier half",
+            known=(
+                "in this model of four layers attention on the picture rises with depth (0.33 to 0.75 in seed 0); "
+                "right shapes get more of it than wrong ones in the earlier half (6 to 7 points), in the deeper "
+                "half only in one seed of three"
+            ),
         ),
         Claim(
             id="maintains",
@@ -89,6 +94,11 @@ PAPER = Paper(
                 "than raising as many random tokens does; both 95 % intervals exclude 0"
             ),
             control="as many random tokens of the picture (three draws); all image tokens",
+            known=(
+                "local and summary tokens lie on shapes more often than chance (36 to 55 % against 25 %), but "
+                "raising them does more than raising random tokens in one seed of three only, and raising all "
+                "tokens does most"
+            ),
         ),
         Claim(
             id="modulation",
@@ -103,6 +113,10 @@ PAPER = Paper(
                 "intervals over 1,024 pictures exclude 0"
             ),
             control="shuffled factors (three draws), even factors, factors reversed",
+            known=(
+                "factors by sensitivity, shuffled and even ones are within a point of each other; only seed 1 has "
+                "an interval above 0, against shuffled factors"
+            ),
         ),
         Claim(
             id="mscoco",
@@ -131,6 +145,11 @@ PAPER = Paper(
                 "the 95 % paired interval of the smallest margin excludes 0"
             ),
             control="each part alone, random tokens, all tokens, other heads, the bias mode; recall and caption length",
+            known=(
+                "typical successors fall by 2 to 4 points, but so do right shapes, ordinary accuracy (1.5 to 3.0) "
+                "and the first shape (3.7 to 5.2); raising all image tokens in all heads lowers the first by 7 to "
+                "10 and raises right shapes"
+            ),
         ),
         Claim(
             id="neutral",
