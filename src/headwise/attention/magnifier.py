@@ -52,7 +52,9 @@ def select_regions(
     [False, True, False, True]
     """
     if preference.shape[-1] == 0:
-        raise ValueError("select_regions: there are no regions (the last axis is empty); give at least one coarse token")
+        raise ValueError(
+            "select_regions: there are no regions (the last axis is empty); give at least one coarse token"
+        )
     if not 0 <= threshold < 1:
         raise ValueError(f"select_regions: threshold is {threshold}; expected 0 to below 1, such as 96 / 255")
     if top_k is not None and top_k < 1:

@@ -59,9 +59,7 @@ def farthest_points(points: Float[Tensor, "b n 3"], count: int, *, start: int = 
     return chosen
 
 
-def nearest_points(
-    points: Float[Tensor, "b n 3"], centers: Float[Tensor, "b g 3"], count: int
-) -> Int[Tensor, "b g k"]:
+def nearest_points(points: Float[Tensor, "b n 3"], centers: Float[Tensor, "b g 3"], count: int) -> Int[Tensor, "b g k"]:
     """Indices of the `count` points nearest to each centre, nearest first; of equal distances the first.
 
     Raises ValueError for a number out of range.
