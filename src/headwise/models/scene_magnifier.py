@@ -3,9 +3,10 @@
     layer l >= S:  select[row] = regions that the row's attention over the coarse keys prefers
     layer l > S:   softmax over [keys | W_k F, W_v F of the regions that layer l - 1 selected]
 
-F are the fine tokens; each stands at its coarse token's position. Any causal language model of transformers that goes
-through its attention interface can be the decoder; it keeps its weights, and without a scene it computes what it did.
-Only rows of text behind the scene look closer. Pictures work alike: coarse tokens are pooled patches, fine ones patches.
+F are the fine tokens; each stands at its coarse token's position. Any causal language model of transformers on its
+attention interface can be the decoder; it keeps its weights, and without a scene it computes what it did.
+Only rows of text behind the scene look closer. Pictures work alike: coarse tokens are pooled patches, fine ones
+patches.
 
     model = SceneMagnifier.from_decoder(llama, scene_dim=768, scene_token_id=7, start_layer=8)
     model.generate(input_ids=ids, coarse=coarse, fine=fine)        # ids hold scene_token_id once per coarse token
@@ -19,11 +20,7 @@ it selects. The official code leaves `centers` out where there are fine tokens; 
 
 import copy
 import math
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,21 +28,25 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
-from headwise.attend.kernels import attention_with_lse
-from headwise.attention.magnifier import THRESHOLD, fine_attention, region_preference, select_regions, spread_to_fine
 from headwise.attention.softmax import split_heads
 from headwise.errors import UnsupportedModel
 from headwise.hf import dispatch
-from headwise.hf.addresses import attention_modules, layout
 from headwise.hf.projections import attention_shape
+from headwise.models._scene_attention import (
+    NAME,
+    EncodedScene,
+    Held,
+    Run,
+    by_layer,
+    involved,
+    note_positions,
+    under_way,
+)
+from headwise.ops.regions import THRESHOLD, select_regions
 
 __all__ = ["EncodedScene", "SceneMagnifier", "SceneMagnifierConfig"]
 
-NAME = "headwise-scene-magnifier"
 HELD = "_headwise_scene"  # where a cache keeps the scene that it was filled with
-REFUSED = ("sliding_window", "s_aux", "position_bias", "cache", "read_index")
-
-_thread = threading.local()  # .runs: forwards that are under way in this thread, the inner one last
 
 
 class SceneMagnifierConfig(PreTrainedConfig):
@@ -126,55 +127,6 @@ class SceneMagnifierConfig(PreTrainedConfig):
         return SceneMagnifierConfig(text, scene_dim=12, scene_token_id=1, start_layer=0)
 
 
-@dataclass
-class EncodedScene:
-    """What of a scene depends on no question: coarse embeddings, fine keys and values of every magnifying layer.
-
-    Keys `[b m n d]` are not rotated yet, since their positions depend on the prompt.
-    """
-
-    coarse: Float[Tensor, "b c d"]
-    parent: Int[Tensor, "b n"]
-    keys: dict[int, Tensor]
-    values: dict[int, Tensor]
-
-    def take(self, items: Int[Tensor, " k"]) -> "EncodedScene":
-        """The scenes with these numbers, as often as they are named: several questions about one scene."""
-        return EncodedScene(
-            self.coarse[items],
-            self.parent[items],
-            {layer: x[items] for layer, x in self.keys.items()},
-            {layer: x[items] for layer, x in self.values.items()},
-        )
-
-
-@dataclass
-class _Held:
-    """A scene in its place in a prompt: kept with the cache, so that generated tokens find it. keys are rotated."""
-
-    columns: Int[Tensor, "b c"]
-    parent: Int[Tensor, "b n"]
-    keys: dict[int, Tensor]
-    values: dict[int, Tensor]
-    scene: EncodedScene | None = None  # whose keys are still to be rotated, in the forward that reads the prompt
-
-
-@dataclass
-class _Run:
-    """One forward. rows: `[b t - first]`, which rows from `first` on are text that may look closer."""
-
-    layers: dict[int, int]  # id of an attention module -> its layer
-    held: _Held
-    rows: Bool[Tensor, "b r"]
-    first: int
-    past: int
-    magnified: frozenset[int]
-    alpha: float
-    choose: Callable[[int, Tensor], Tensor]
-    positions: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    selected: Tensor | None = None  # `[b r c]`, by the layer before
-
-
 class _FineProjections(nn.Module):
     """Keys and values of the fine tokens, of one layer."""
 
@@ -218,8 +170,8 @@ class SceneMagnifier(PreTrainedModel, GenerationMixin):
     def __init__(self, config: SceneMagnifierConfig, decoder: nn.Module | None = None) -> None:
         super().__init__(config)
         self.decoder: Any = AutoModelForCausalLM.from_config(config.text_config) if decoder is None else decoder
-        modules = _by_layer(self.decoder)
-        if missing := [layer for layer in _involved(config.layers) if layer not in modules]:
+        modules = by_layer(self.decoder)
+        if missing := [layer for layer in involved(config.layers) if layer not in modules]:
             raise UnsupportedModel(
                 f"SceneMagnifier: layer {missing[0]} of {type(self.decoder).__name__} has no attention; those with it "
                 f"are {sorted(modules)}"
@@ -237,7 +189,7 @@ class SceneMagnifier(PreTrainedModel, GenerationMixin):
             shape, bias = attention_shape(module), getattr(getattr(module, "k_proj", None), "bias", None) is not None
             self.magnifiers[str(layer)] = _FineProjections(width, shape.kv_heads, shape.value_dim, bias)
         for layer in config.layers:
-            modules[layer].register_forward_pre_hook(_note_positions, with_kwargs=True)
+            modules[layer].register_forward_pre_hook(note_positions, with_kwargs=True)
         dispatch.use({id(module.config): module.config for module in modules.values()}.values(), NAME)
         if decoder is None:
             self.post_init()
@@ -259,7 +211,7 @@ class SceneMagnifier(PreTrainedModel, GenerationMixin):
         for part in (model.project, model.place, model.magnifiers):
             part.to(device=sample.device, dtype=sample.dtype)
         model.generation_config = copy.deepcopy(given.generation_config)
-        modules = _by_layer(decoder)
+        modules = by_layer(decoder)
         for layer in config.layers if copy_projections else ():
             for ours, theirs in (("k_fine", "k_proj"), ("v_fine", "v_proj")):
                 old, new = getattr(modules[layer], theirs, None), getattr(model.magnifiers[str(layer)], ours)
@@ -289,9 +241,9 @@ class SceneMagnifier(PreTrainedModel, GenerationMixin):
     def encode_scene(
         self,
         coarse: Float[Tensor, "b c f"],
-        fine: Float[Tensor, "b n f"],
+        fine: Float[Tensor, "a n g"],
         *,
-        parent: Int[Tensor, "*b n"] | None = None,
+        parent: Int[Tensor, "... p"] | None = None,
         centers: Float[Tensor, "b c 3"] | None = None,
         fine_centers: Float[Tensor, "b n 3"] | None = None,
     ) -> EncodedScene:
@@ -307,15 +259,15 @@ class SceneMagnifier(PreTrainedModel, GenerationMixin):
             raise ValueError("SceneMagnifier: the scene has no coarse tokens; give at least one")
         if width != self.config.scene_dim or fine.shape[0] != b or fine.shape[2] != width:
             raise ValueError(
-                f"SceneMagnifier: coarse has shape {tuple(coarse.shape)} and fine {tuple(fine.shape)}; expected as many "
-                f"scenes and {self.config.scene_dim} features in both"
+                f"SceneMagnifier: coarse has shape {tuple(coarse.shape)} and fine {tuple(fine.shape)}; expected as "
+                f"many scenes and {self.config.scene_dim} features in both"
             )
         n = fine.shape[1]
         if parent is None:
             if n % c:
                 raise ValueError(
-                    f"SceneMagnifier: {n} fine tokens for {c} coarse ones; without a parent index there must be equally "
-                    "many for each"
+                    f"SceneMagnifier: {n} fine tokens for {c} coarse ones; without a parent index there must be "
+                    "equally many for each"
                 )
             parent = torch.arange(c, device=coarse.device).repeat_interleave(n // c)
         parent = parent.expand(b, -1)
@@ -343,13 +295,13 @@ class SceneMagnifier(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         *,
-        coarse: Float[Tensor, "b c f"] | None = None,
-        fine: Float[Tensor, "b n f"] | None = None,
-        parent: Int[Tensor, "*b n"] | None = None,
-        centers: Float[Tensor, "b c 3"] | None = None,
-        fine_centers: Float[Tensor, "b n 3"] | None = None,
+        coarse: Float[Tensor, "e c f"] | None = None,
+        fine: Float[Tensor, "a n g"] | None = None,
+        parent: Int[Tensor, "... p"] | None = None,
+        centers: Float[Tensor, "e c 3"] | None = None,
+        fine_centers: Float[Tensor, "e n 3"] | None = None,
         scene: EncodedScene | None = None,
-        question_mask: Bool[Tensor, "b t"] | None = None,
+        question_mask: Bool[Tensor, "b _"] | None = None,
         labels: Int[Tensor, "b t"] | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
@@ -373,7 +325,7 @@ class SceneMagnifier(PreTrainedModel, GenerationMixin):
         places = input_ids == self.config.scene_token_id
         if scene is None:
             if bool(places.any()):
-                raise ValueError("SceneMagnifier: input_ids hold scene tokens; give coarse and fine tokens, or a scene")
+                raise ValueError("SceneMagnifier: input_ids hold scene tokens; give coarse and fine, or a scene")
             held = getattr(cache, HELD, None) if past else None
             if held is None:
                 return self.decoder(input_ids=input_ids, **given)
@@ -384,7 +336,7 @@ class SceneMagnifier(PreTrainedModel, GenerationMixin):
             embeddings = self.get_input_embeddings()(input_ids)
             given["inputs_embeds"] = embeddings.masked_scatter(places[..., None], scene.coarse.to(embeddings.dtype))
         run = self._run(held, behind, attention_mask, question_mask, past)
-        with _under_way(run):
+        with under_way(run):
             out = self.decoder(**given)
         held.scene = None
         filled = next((getattr(out, name) for name in ("cache", "past_key_values") if getattr(out, name, None)), None)
@@ -394,7 +346,7 @@ class SceneMagnifier(PreTrainedModel, GenerationMixin):
 
     def _placed(
         self, scene: EncodedScene, places: Bool[Tensor, "b t"], mask: Tensor | None, past: int
-    ) -> tuple[_Held, Tensor]:
+    ) -> tuple[Held, Tensor]:
         """A scene where the prompt has its tokens, and the rows behind it."""
         b, c = scene.coarse.shape[:2]
         t = places.shape[1]
@@ -409,9 +361,9 @@ class SceneMagnifier(PreTrainedModel, GenerationMixin):
         index = torch.arange(t, device=places.device)
         columns = places.nonzero()[:, 1].view(b, c)
         behind = index > columns[:, -1:]
-        return _Held(columns + past, scene.parent, {}, dict(scene.values), scene), behind
+        return Held(columns + past, scene.parent, {}, dict(scene.values), scene), behind
 
-    def _run(self, held: _Held, behind: Tensor, mask: Tensor | None, question: Tensor | None, past: int) -> _Run:
+    def _run(self, held: Held, behind: Tensor, mask: Tensor | None, question: Tensor | None, past: int) -> Run:
         if mask is not None and mask.ndim == 2:
             behind = behind & mask[:, -behind.shape[1] :].bool()
         if question is not None:
@@ -423,19 +375,19 @@ class SceneMagnifier(PreTrainedModel, GenerationMixin):
             behind = behind & question
         any_row = behind.any(0)
         first = int(any_row.int().argmax()) if bool(any_row.any()) else behind.shape[1]
-        modules = _by_layer(self.decoder)
+        modules = by_layer(self.decoder)
         lost = next((m for m in modules.values() if dispatch.previous_name(m.config) != NAME), None)
         if lost is not None:
             raise ValueError(
                 f"SceneMagnifier: the decoder's attention was set to {lost.config._attn_implementation!r}, under which "
                 f'nothing is magnified; call model.decoder.set_attn_implementation("{NAME}")'
             )
-        layers = {id(modules[layer]): layer for layer in _involved(self.config.layers)}
+        layers = {id(modules[layer]): layer for layer in involved(self.config.layers)}
         ramp = self.config.warm_up != -1 and self.training
         alpha = max(0.0, min(1.0, self.config.warm_up * self.step_ratio)) if ramp else 1.0
         magnified = frozenset(self.config.layers)
         choose = self._choose if self.choose is None else self.choose
-        return _Run(layers, held, behind[:, first:], first, past, magnified, alpha, choose)
+        return Run(layers, held, behind[:, first:], first, past, magnified, alpha, choose)
 
     def _choose(self, layer: int, preference: Tensor) -> Tensor:
         return select_regions(preference, self.config.threshold, self.config.top_k)
@@ -448,145 +400,3 @@ class SceneMagnifier(PreTrainedModel, GenerationMixin):
             for name in ("coarse", "fine", "parent", "centers", "fine_centers", "scene", "question_mask"):
                 inputs.pop(name, None)
         return inputs
-
-
-def _by_layer(decoder: nn.Module) -> dict[int, Any]:
-    main = layout(decoder).main.name
-    return {layer: module for module, (tower, layer) in attention_modules(decoder).items() if tower == main}
-
-
-def _involved(layers: Sequence[int]) -> list[int]:
-    """Layers that magnify, and those before them, which select."""
-    return sorted({layer - back for layer in layers for back in (0, 1)})
-
-
-@contextmanager
-def _under_way(run: _Run) -> Iterator[None]:
-    stack = _thread.__dict__.setdefault("runs", [])
-    stack.append(run)
-    try:
-        yield
-    finally:
-        stack.pop()
-
-
-def _running(module: nn.Module) -> tuple[_Run, int] | None:
-    """The forward that a module takes part in, and its layer."""
-    for run in reversed(getattr(_thread, "runs", [])):
-        if id(module) in run.layers:
-            return run, run.layers[id(module)]
-    return None
-
-
-def _note_positions(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    """A hook: cosines and sines of the rows' positions are given to the module and not to its attention."""
-    found = _running(module)
-    if found is not None and kwargs.get("position_embeddings") is not None:
-        found[0].positions[found[1]] = kwargs["position_embeddings"]
-
-
-def _rotated(module: Any, run: _Run, layer: int) -> Tensor:
-    """Fine keys of a layer at the positions of their coarse tokens; made once for a prompt."""
-    held = run.held
-    if layer in held.keys:
-        return held.keys[layer]
-    assert held.scene is not None
-    keys = held.scene.keys[layer]
-    normed = [name for name, _ in module.named_children() if name in ("k_norm", "k_layernorm", "key_norm")]
-    keys = getattr(module, normed[0])(keys) if normed else keys
-    if layer in run.positions:
-        cos, sin = run.positions[layer]
-        rotate = getattr(sys.modules.get(type(module).__module__), "apply_rotary_pos_emb", None)
-        if rotate is None or cos.ndim != 3 or cos.shape[-1] != keys.shape[-1]:
-            raise UnsupportedModel(
-                f"SceneMagnifier: {type(module).__name__} rotates a part of its keys, or in a way of its own; decoders "
-                "that rotate whole keys, as Llama does, or none are supported"
-            )
-        b, n = held.parent.shape
-        at = (held.columns - run.past).gather(1, held.parent)[..., None].expand(-1, -1, cos.shape[-1])
-        cos, sin = (x.expand(b, -1, -1).gather(1, at) for x in (cos, sin))
-        keys = rotate(keys, keys, cos.to(keys.dtype), sin.to(keys.dtype))[1]
-    elif getattr(module.config, "rope_parameters", None) is not None:
-        raise UnsupportedModel(
-            f"SceneMagnifier: {type(module).__name__} does not get its rotary positions from its layer"
-        )
-    held.keys[layer] = keys
-    return keys
-
-
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any = None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[Tensor, Tensor | None]:
-    found = _running(module)
-    if found is None:
-        base = dispatch.base_function(module)
-        return base(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    run, layer = found
-    _refuse(module, dropout, kwargs)
-    t = query.shape[2]
-    is_causal = kwargs.get("is_causal")
-    causal = (
-        attention_mask is None
-        and t > 1
-        and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    )
-    if causal and key.shape[2] > t:  # an empty static cache: the model attends to its first t columns
-        key, value = key[:, :, :t], value[:, :, :t]
-    options: dict[str, Any] = {"scale": scaling, "softcap": kwargs.get("softcap")}
-    out, lse = attention_with_lse(query, key, value, mask=attention_mask, causal=causal, **options)
-    first, b = run.first, len(query)
-    if first < t:
-        text, text_lse = query[:, :, first:], lse[..., first:]
-        if layer in run.magnified and run.selected is not None:
-            keys, held = _rotated(module, run, layer), run.held
-            select = spread_to_fine(run.selected, held.parent)
-            near = fine_attention(
-                text, keys, held.values[layer], select, out[:, :, first:], text_lse, alpha=run.alpha, **options
-            )
-            out = torch.cat([out[:, :, :first], near], 2)
-        run.selected = None
-        if layer + 1 in run.magnified:
-            columns = run.held.columns
-            coarse = key.gather(2, columns[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3]))
-            mask = attention_mask
-            if mask is not None:
-                mask = mask.expand(b, -1, t, -1)[:, :, first:]
-                mask = mask.gather(3, columns[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
-            preference = region_preference(text, coarse, text_lse, mask=mask, **options)
-            run.selected = run.choose(layer, preference) & run.rows[..., None]
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
-    if dropout:
-        raise ValueError(
-            f"SceneMagnifier: attention dropout is {dropout}, which cannot act on merged keys; set attention_dropout of "
-            "the decoder's config to 0"
-        )
-    given = next((name for name in REFUSED if kwargs.get(name) is not None), None)
-    if given is not None:
-        raise UnsupportedModel(
-            f"SceneMagnifier: {type(module).__name__} attends with {given}, under which coarse keys may be out of reach "
-            "or weights are no plain softmax; use a decoder with full attention"
-        )
-
-
-def _sees(module: nn.Module, query: Tensor, key: Tensor, mask: Any) -> Any:
-    """For probes and edits: a decoder without a scene is what it was; with one its rows see more than its keys."""
-    if _running(module) is not None:
-        raise UnsupportedModel(
-            f"{type(module).__name__} looks at fine tokens that are not among its keys; probes and edits of weights work "
-            "on the decoder without a scene"
-        )
-    return mask
-
-
-dispatch.offer(NAME, _attend, sees=_sees, masks=None)

@@ -81,7 +81,7 @@ def _rows(x: Float[Tensor, "b n f"], indices: Int[Tensor, "b g k"]) -> Float[Ten
 
 def group_points(
     points: Float[Tensor, "b n 3"],
-    features: Float[Tensor, "b n f"],
+    features: Float[Tensor, "a m f"],
     groups: int,
     size: int,
     *,
