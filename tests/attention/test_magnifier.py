@@ -205,15 +205,11 @@ def test_what_is_refused():
     out, lse = attention_with_lse(q, k, v)
     with pytest.raises(ValueError, match=r"alpha is 1\.5; expected 0"):
         fine_attention(q, k_fine, v_fine, select, out, lse, alpha=1.5)
-    with pytest.raises(ValueError, match="implementation is 'fast'"):
-        fine_attention(q, k_fine, v_fine, select, out, lse, implementation="fast")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="there are no regions"):
         select_regions(torch.zeros(2, 0))
-    with pytest.raises(ValueError, match="threshold is 96; expected 0 to below 1"):
-        select_regions(torch.zeros(3), 96)
+    with pytest.raises(ValueError, match=r"threshold is 96\.0; expected 0 to below 1"):
+        select_regions(torch.zeros(3), 96.0)
     with pytest.raises(ValueError, match="top_k is 0"):
         select_regions(torch.zeros(3), top_k=0)
-    with pytest.raises(ValueError, match="ties is 'some'"):
-        select_regions(torch.zeros(3), ties="some")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="heads must divide the width"):
         MagnifierAttention(10, 4)

@@ -54,7 +54,7 @@ class SceneMagnifierConfig(PreTrainedConfig):
     vocabulary that holds the place of a coarse token.
 
     start_layer: the first layer that selects; the next ones magnify. layers: those that magnify, all after it if None.
-    threshold, top_k: of `select_regions`. warm_up: in training the magnified output has the share min(1, warm_up *
+    threshold, max_regions: threshold and top_k of `select_regions`. warm_up: in training the magnified output has the share min(1, warm_up *
     step_ratio), 1 where it is -1; `model.step_ratio` is for the training loop to set. projector: "mlp" (three linear
     layers with ReLU) or "linear".
     """
@@ -70,7 +70,7 @@ class SceneMagnifierConfig(PreTrainedConfig):
         start_layer: int = 8,
         layers: Sequence[int] | None = None,
         threshold: float = THRESHOLD,
-        top_k: int | None = None,
+        max_regions: int | None = None,
         warm_up: float = -1.0,
         projector: str = "mlp",
         initializer_range: float = 0.02,
@@ -95,7 +95,7 @@ class SceneMagnifierConfig(PreTrainedConfig):
             )
         if projector not in ("mlp", "linear"):
             raise ValueError(f"SceneMagnifierConfig: projector is {projector!r}; choose 'mlp' or 'linear'")
-        select_regions(torch.zeros(1), threshold, top_k)  # raises for values out of range
+        select_regions(torch.zeros(1), threshold, max_regions)  # raises for values out of range
         if warm_up != -1 and not warm_up > 0:
             raise ValueError(f"SceneMagnifierConfig: warm_up is {warm_up}; expected a positive rate, or -1 for none")
         self.scene_dim, self.scene_token_id, self.start_layer, self.layers = (
@@ -104,7 +104,7 @@ class SceneMagnifierConfig(PreTrainedConfig):
             start_layer,
             chosen,
         )
-        self.threshold, self.top_k, self.warm_up, self.projector = threshold, top_k, warm_up, projector
+        self.threshold, self.max_regions, self.warm_up, self.projector = threshold, max_regions, warm_up, projector
         self.initializer_range = initializer_range
         super().__init__(**kwargs)
 
@@ -158,7 +158,7 @@ class SceneMagnifier(PreTrainedModel, GenerationMixin):
     """A causal language model with a scene in front of its text, and magnified attention over the scene.
 
     choose: what selects, `(layer, preference [b r c]) -> bool [b r c]`; None is `select_regions` with the config's
-    threshold and top_k. It is no part of the state.
+    threshold and max_regions. It is no part of the state.
     """
 
     config_class = SceneMagnifierConfig
@@ -390,7 +390,7 @@ class SceneMagnifier(PreTrainedModel, GenerationMixin):
         return Run(layers, held, behind[:, first:], first, past, magnified, alpha, choose)
 
     def _choose(self, layer: int, preference: Tensor) -> Tensor:
-        return select_regions(preference, self.config.threshold, self.config.top_k)
+        return select_regions(preference, self.config.threshold, self.config.max_regions)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """A scene is read once; the tokens after it find it in the cache."""
