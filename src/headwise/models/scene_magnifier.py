@@ -31,6 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from headwise.attention.softmax import split_heads
 from headwise.errors import UnsupportedModel
 from headwise.hf import dispatch
+from headwise.hf.inputs import CACHE_NAMES, cache_of
 from headwise.hf.projections import attention_shape
 from headwise.models._scene_attention import (
     NAME,
@@ -54,7 +55,7 @@ class SceneMagnifierConfig(PreTrainedConfig):
     vocabulary that holds the place of a coarse token.
 
     start_layer: the first layer that selects; the next ones magnify. layers: those that magnify, all after it if None.
-    threshold, max_regions: threshold and top_k of `select_regions`. warm_up: in training the magnified output has the share min(1, warm_up *
+    threshold, max_regions: of `select_regions` (its top_k). warm_up: in training the magnified output has the share min(1, warm_up *
     step_ratio), 1 where it is -1; `model.step_ratio` is for the training loop to set. projector: "mlp" (three linear
     layers with ReLU) or "linear".
     """
@@ -320,7 +321,7 @@ class SceneMagnifier(PreTrainedModel, GenerationMixin):
         given: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}
         given = {name: value for name, value in given.items() if value is not None} | kwargs
         given["logits_to_keep"] = logits_to_keep
-        cache = next((kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None), None)
+        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
         past = 0 if cache is None else int(cache.get_seq_length())
         places = input_ids == self.config.scene_token_id
         if scene is None:
@@ -339,7 +340,7 @@ class SceneMagnifier(PreTrainedModel, GenerationMixin):
         with under_way(run):
             out = self.decoder(**given)
         held.scene = None
-        filled = next((getattr(out, name) for name in ("cache", "past_key_values") if getattr(out, name, None)), None)
+        filled = cache_of(out)
         if scene is not None and filled is not None:
             setattr(filled, HELD, held)
         return out
@@ -395,7 +396,7 @@ class SceneMagnifier(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """A scene is read once; the tokens after it find it in the cache."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        cache = next((inputs[name] for name in ("cache", "past_key_values") if inputs.get(name) is not None), None)
+        cache = next((inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None), None)
         if cache is not None and not kwargs.get("is_first_iteration", False) and cache.get_seq_length() > 0:
             for name in ("coarse", "fine", "parent", "centers", "fine_centers", "scene", "question_mask"):
                 inputs.pop(name, None)

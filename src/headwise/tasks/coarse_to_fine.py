@@ -83,8 +83,8 @@ def coarse_to_fine_scene(
         raise ValueError(f"coarse_to_fine_scene: cells is {cells}, n is {n}; expected at least 2 cells and 1 scene")
     if not 0 <= details <= 1 or min(coarse_noise, fine_noise) < 0:
         raise ValueError(
-            f"coarse_to_fine_scene: details is {details}, noises {coarse_noise} and {fine_noise}; expected a share from "
-            "0 to 1, and noises of 0 or more"
+            f"coarse_to_fine_scene: details is {details}, noises {coarse_noise} and {fine_noise}; expected a share "
+            "from 0 to 1, and noises of 0 or more"
         )
     if (seed is None) == (generator is None):
         raise ValueError("coarse_to_fine_scene: give either a seed or a generator")
