@@ -15,6 +15,7 @@ from headwise.attend.groups import first_token
 from headwise.errors import UnsupportedModel
 from headwise.heads.masses import group_mass
 from headwise.heads.visual_preference import preferred_regions, visual_preference
+from headwise.hf.inputs import cache_of
 from headwise.models.scene_magnifier import SceneMagnifier, SceneMagnifierConfig
 
 SCENE, C, R = 1, 6, 4
@@ -209,6 +210,16 @@ def test_generating_with_a_cache_is_generating_without(beams: int):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("cut", [8, 10])
+def test_a_prompt_in_chunks_is_the_prompt(cut: int):
+    """The first chunk ends with the scene, or two words behind it."""
+    model, ids, given = magnifier(), prompt(after=6), scene()
+    cache = cache_of(model(ids[:, :cut], **given, use_cache=True))
+    rest = model(ids[:, cut:], past_key_values=cache).logits
+    torch.testing.assert_close(rest, model(ids, **given).logits[:, cut:], atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_fine_keys_are_made_once_for_a_scene(monkeypatch: pytest.MonkeyPatch):
     model, given, calls = magnifier(), scene(), []
     for part in model.magnifiers.values():
@@ -240,7 +251,7 @@ def test_a_generated_token_reads_the_fine_keys_that_it_selects(monkeypatch: pyte
     with torch.no_grad():
         out = model(prompt(), **scene(), use_cache=True)
         lengths.clear()
-        cache = out.past_key_values
+        cache = cache_of(out)
         model(torch.tensor([[9]]), past_key_values=cache)
     assert lengths == [(1, R * int(seen[layer].sum())) for layer in (1, 2)]
     assert all(length < C * R for _, length in lengths)
@@ -330,9 +341,11 @@ def test_grouped_keys_with_norms_and_eager_decoders():
         assert (model(ids, **given).logits - magnifier_off(model, ids, given)).abs().max() > 1e-3
         # Fine keys that are the coarse ones, layer input and all, cannot be told from coarse keys of twice the weight;
         # what is checked here is that they pass the same norm: their length is that of normalised keys.
-        held = model(ids, **given, use_cache=True).past_key_values._headwise_scene
+        held = model(ids, **given, use_cache=True)
         coarse = model.decoder.model.layers[2].self_attn.k_norm(torch.randn(1, 2, 5, 8))
-        torch.testing.assert_close(held.keys[2].norm(dim=-1).mean(), coarse.norm(dim=-1).mean(), atol=0.1, rtol=0.05)
+        torch.testing.assert_close(
+            cache_of(held)._headwise_scene.keys[2].norm(dim=-1).mean(), coarse.norm(dim=-1).mean(), atol=0.1, rtol=0.05
+        )
         eager = copy.deepcopy(magnifier(text=llama(attn_implementation="eager")))
         torch.testing.assert_close(eager(ids, **given).logits, magnifier()(ids, **given).logits, atol=1e-5, rtol=1e-4)
 

@@ -170,13 +170,14 @@ def _attend(
     options: dict[str, Any] = {"scale": scaling, "softcap": kwargs.get("softcap")}
     out, lse = attention_with_lse(query, key, value, mask=attention_mask, causal=causal, **options)
     first, b = run.first, len(query)
+    fine_keys = _rotated(module, run, layer) if layer in run.magnified else None  # also where no text has come yet
     if first < t:
         text, text_lse = query[:, :, first:], lse[..., first:]
-        if layer in run.magnified and run.selected is not None:
-            keys, held = _rotated(module, run, layer), run.held
+        if fine_keys is not None and run.selected is not None:
+            held = run.held
             select = spread_to_fine(run.selected, held.parent)
             near = fine_attention(
-                text, keys, held.values[layer], select, out[:, :, first:], text_lse, alpha=run.alpha, **options
+                text, fine_keys, held.values[layer], select, out[:, :, first:], text_lse, alpha=run.alpha, **options
             )
             out = torch.cat([out[:, :, :first], near], 2)
         run.selected = None

@@ -31,8 +31,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from headwise.attention.softmax import split_heads
 from headwise.errors import UnsupportedModel
 from headwise.hf import dispatch
-from headwise.hf.inputs import CACHE_NAMES, cache_of
+from headwise.hf.inputs import cache_of, with_cache
 from headwise.hf.projections import attention_shape
+from headwise.hf.steps import CACHE_NAMES
 from headwise.models._scene_attention import (
     NAME,
     EncodedScene,
@@ -55,9 +56,9 @@ class SceneMagnifierConfig(PreTrainedConfig):
     vocabulary that holds the place of a coarse token.
 
     start_layer: the first layer that selects; the next ones magnify. layers: those that magnify, all after it if None.
-    threshold, max_regions: of `select_regions` (its top_k). warm_up: in training the magnified output has the share min(1, warm_up *
-    step_ratio), 1 where it is -1; `model.step_ratio` is for the training loop to set. projector: "mlp" (three linear
-    layers with ReLU) or "linear".
+    threshold, max_regions: of `select_regions` (its top_k). warm_up: in training the magnified output has
+    the share min(1, warm_up * step_ratio), 1 where it is -1; `model.step_ratio` is for the training loop to set.
+    projector: "mlp" (three linear layers with ReLU) or "linear".
     """
 
     model_type = "headwise-scene-magnifier"
@@ -323,6 +324,8 @@ class SceneMagnifier(PreTrainedModel, GenerationMixin):
         given["logits_to_keep"] = logits_to_keep
         cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
         past = 0 if cache is None else int(cache.get_seq_length())
+        if cache is not None:  # under the name that the decoder has for it
+            given = {name: x for name, x in given.items() if name not in CACHE_NAMES} | with_cache(self.decoder, cache)
         places = input_ids == self.config.scene_token_id
         if scene is None:
             if bool(places.any()):

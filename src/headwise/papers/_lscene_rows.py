@@ -98,8 +98,8 @@ def fuses(made: Trained) -> Measured:
     without_coarse = kind - made.parts["no coarse, kind"]
     level = kind - made.accuracy[COARSE][f"{KIND} {LARGE}"]
     return _row(
-        f"the magnifier loses {without_fine:.1%} on details without fine keys, {without_coarse:.1%} on kinds with blank "
-        f"coarse tokens; kinds {level:+.1%} against coarse tokens alone",
+        f"the magnifier loses {without_fine:.1%} on details without fine keys, {without_coarse:.1%} on kinds with "
+        f"blank coarse tokens; kinds {level:+.1%} against coarse tokens alone",
         f"kinds without fine keys {made.parts['no fine, kind']:.1%}, details with blank coarse tokens "
         f"{made.parts['no coarse, detail']:.1%}",
         min(without_fine - 0.2, without_coarse - 0.2, level + 0.05),
@@ -130,7 +130,7 @@ def surpasses(made: Trained) -> Measured:
 def plug_in(made: Trained) -> Measured:
     gain = made.plugged[PLUGGED] - made.plugged[UNPLUGGED]
     return _row(
-        f"the model of coarse tokens with a magnifier plugged in, tuned: details {made.plugged[PLUGGED]:.1%}, {gain:+.1%}",
+        f"the model of coarse tokens with a magnifier, tuned: details {made.plugged[PLUGGED]:.1%}, {gain:+.1%}",
         f"tuned as long without: {made.plugged[UNPLUGGED]:.1%}; before tuning "
         f"{made.accuracy[COARSE][f'{DETAIL} {LARGE}']:.1%}",
         gain - 0.2,

@@ -136,7 +136,7 @@ PAPER = Paper(
                 "than 35 % of the fine keys; with 4 regions at least 30 points above coarse tokens alone and above "
                 "random selection"
             ),
-            control="coarse tokens alone, random selection of the same size, all fine tokens; equal parameters and steps",
+            control="coarse tokens alone, random selection of the same size, all fine tokens; equal parameters",
         ),
         Claim(
             id="plug-in",
