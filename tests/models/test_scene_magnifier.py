@@ -398,6 +398,9 @@ def test_decoders_that_do_not_fit_are_refused():
     windowed = magnifier(text=MistralConfig(**sizes, num_hidden_layers=3, num_key_value_heads=2, sliding_window=4))
     with pytest.raises(UnsupportedModel, match="attends with sliding_window"):
         windowed(ids, **given)
+    mixed = headwise.convert(AutoModelForCausalLM.from_config(llama()), to="mixture-of-head")
+    with pytest.raises(UnsupportedModel, match="headwise-mixture-of-head stands in for the decoder's attention"):
+        SceneMagnifier.from_decoder(mixed, scene_token_id=SCENE, start_layer=1)
     switched = magnifier()
     switched.decoder.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="set to 'sdpa', under which nothing is magnified"):

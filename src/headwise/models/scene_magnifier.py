@@ -178,6 +178,13 @@ class SceneMagnifier(PreTrainedModel, GenerationMixin):
                 f"SceneMagnifier: layer {missing[0]} of {type(self.decoder).__name__} has no attention; those with it "
                 f"are {sorted(modules)}"
             )
+        replaced = [m for m in modules.values() if dispatch.mechanism_of(m) is not None]
+        other = next((m for m in replaced if dispatch.previous_name(m.config) != NAME), None)
+        if other is not None:
+            raise UnsupportedModel(
+                f"SceneMagnifier: {dispatch.previous_name(other.config)} stands in for the decoder's attention; "
+                "magnify a decoder with its own"
+            )
         width, self.choose, self.step_ratio = config.hidden_size, None, 1.0
         if config.projector == "mlp":
             steps = [nn.Linear(config.scene_dim, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]

@@ -17,8 +17,8 @@ from headwise.tasks.cross_rooms import cross_room_scenes
 from headwise.tasks.points import scene_tokens
 from headwise.training import OptimiserSpec, fit, warmup_cosine
 
-STEPS, BATCH, RATE = 1500, 32, 2e-3
-PLUG_STEPS, PLUG_RATE = 500, 1e-3
+STEPS, BATCH, RATE = 1200, 32, 2e-3
+PLUG_STEPS, PLUG_RATE = 400, 1e-3
 LARGE, SMALL = 16, 4  # regions of a scene
 SCENES = 512  # of each size, never trained on
 COARSE, MAGNIFIER, RANDOM, ALL = "coarse only", "magnifier", "random selection", "all fine tokens"

@@ -145,7 +145,7 @@ PAPER = Paper(
                 "Plunging our scene magnifier module into the existing 3D-VLMs also brings significant improvement."
             ),
             criterion=(
-                "put into the trained model of coarse tokens and tuned for 500 steps it answers at least 20 points "
+                "put into the trained model of coarse tokens and tuned for 400 steps it answers at least 20 points "
                 "more of the questions about details than the same model tuned as long without it"
             ),
             control="the same model tuned as long without a magnifier",
