@@ -1,10 +1,11 @@
 """What `headwise bench` measures: one registry of inputs, variants and rivals.
 
 Every module of this folder that defines `benchmark()` is one benchmark. Ratios only: the variants of an input are run
-in turn in one process and each is divided by the baseline of its own round; peak memory comes from a fresh process a
-variant. Nothing here asserts a time.
+in turn in one process, short calls several times, and each is divided by the baseline of its own round. Peak memory
+comes from a fresh process a variant, or is what one call holds at most. Nothing here asserts a time.
 """
 
+import ctypes
 import gc
 import importlib
 import pkgutil
@@ -14,12 +15,20 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-__all__ = ["Benchmark", "Row", "Setting", "Variant", "names", "run", "setting"]
+__all__ = ["Benchmark", "Row", "Setting", "UnknownInput", "Variant", "names", "run", "setting"]
+
+
+LEAST_SECONDS, MOST_CALLS = 0.02, 50  # short calls are repeated in a round
+
+
+class UnknownInput(ValueError):
+    """No input that was asked for is there."""
 
 
 @dataclass
@@ -49,18 +58,25 @@ class Variant:
 class Benchmark:
     """Inputs by name, each with its variants; the first variant of an input is its baseline.
 
-    check: raises when the variants do not agree with each other; nothing is timed then.
+    check: raises when the variants do not agree with each other; nothing is timed then. call: memory is what one call
+    holds beyond what was there before, in this process; otherwise that of a process for each variant. digest: what a
+    reader wants to know, from the rows, a line each.
     """
 
     name: str
     inputs: dict[str, Callable[[], list[Variant]]]
     check: Callable[[], None] = lambda: None
     rounds: int = 7
+    digest: Callable[[Sequence["Row"]], list[dict[str, Any]]] | None = None
+    call: bool = False
 
 
 @dataclass
 class Row:
-    """One line of the result: medians over rounds, `spread` the interquartile range of the ratio."""
+    """One line of the result: medians over rounds, `spread` the interquartile range of the ratio.
+
+    peak_ratio: of the memory of whole processes. peak_mib: what a call held, in MiB.
+    """
 
     name: str
     input: str
@@ -69,6 +85,7 @@ class Row:
     spread: float | None
     peak_ratio: float | None
     skipped: str | None
+    peak_mib: float | None = None
 
 
 def names() -> list[str]:
@@ -92,22 +109,44 @@ def run(
 ) -> dict:
     """Run benchmarks and return the document that `headwise bench --json` prints.
 
-    inputs: only these inputs. rounds: how often each variant is timed. memory: also measure peak memory.
-    device: None means the GPU where there is one.
+    inputs: only inputs whose name contains one of these. rounds: how often each variant is timed. memory: also measure
+    peak memory. device: None means the GPU where there is one. Raises UnknownInput where no input has such a name.
     """
     import torch
 
     setting.device, setting.dtype = device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype
     rows: list[Row] = []
-    for name in wanted or names():
-        benchmark = load(name)
+    digests: dict[str, list[dict[str, Any]]] = {}
+    benchmarks = {name: load(name) for name in wanted or every()}
+    chosen = {
+        name: {label: variants for label, variants in benchmark.inputs.items() if _named(label, inputs)}
+        for name, benchmark in benchmarks.items()
+    }
+    if not any(chosen.values()):
+        known = ", ".join(label for benchmark in benchmarks.values() for label in benchmark.inputs)
+        raise UnknownInput(f"bench: no input has {' or '.join(inputs or [])} in its name; there are {known}")
+    for name, benchmark in benchmarks.items():
+        if not chosen[name]:
+            continue
         benchmark.check()
-        for label, variants in benchmark.inputs.items():
-            if inputs and label not in inputs:
-                continue
+        own: list[Row] = []
+        for label, variants in chosen[name].items():
             log(f"{name} {label}")
-            rows += _measure(benchmark, label, variants(), rounds or benchmark.rounds, memory, log)
-    return {"machine": machine() | {"dtype": dtype}, "versions": versions(), "rows": [asdict(row) for row in rows]}
+            own += _measure(benchmark, label, variants(), rounds or benchmark.rounds, memory, log)
+        if benchmark.digest is not None:
+            digests[benchmark.name] = benchmark.digest(own)
+        rows += own
+    found = {"machine": machine() | {"dtype": dtype}, "versions": versions(), "rows": [asdict(row) for row in rows]}
+    return found | ({"digests": digests} if digests else {})
+
+
+def every() -> list[str]:
+    """What is run when nothing is named: `attention` gathers others, which would run twice."""
+    return [name for name in names() if name != "attention"]
+
+
+def _named(label: str, wanted: list[str] | None) -> bool:
+    return not wanted or any(one in label for one in wanted)
 
 
 def machine() -> dict:
@@ -144,16 +183,23 @@ def _measure(
     ready = [(variant, variant.make()) for variant in variants if variant.skip is None]
     for _, function in ready:
         function()  # warm-up
-    _wait()
+    calls = {
+        variant.name: max(1, min(MOST_CALLS, round(LEAST_SECONDS / _time(function, 1)))) for variant, function in ready
+    }
     times: dict[str, list[float]] = {variant.name: [] for variant, _ in ready}
+    gc.collect()
+    gc.freeze()  # what is there stays: looking through it again before every call takes longer than the calls
     for _ in range(rounds):
         for variant, function in ready:
             gc.collect()
-            start = time.perf_counter()
-            function()
-            _wait()
-            times[variant.name].append(time.perf_counter() - start)
-    peaks = {variant.name: _peak(benchmark.name, label, variant.name) for variant, _ in ready} if memory else {}
+            times[variant.name].append(_time(function, calls[variant.name]))
+    peaks: dict[str, float | None] = {}
+    held: dict[str, float | None] = {}
+    if memory and benchmark.call:
+        held = {variant.name: _held(function) for variant, function in ready}
+    elif memory:
+        peaks = {variant.name: _peak(benchmark.name, label, variant.name) for variant, _ in ready}
+    gc.unfreeze()
     baseline = variants[0].name
     for variant in variants:
         if variant.skip is not None:
@@ -171,9 +217,25 @@ def _measure(
             round(quarters[2] - quarters[0], 3),
             round(peak / base, 2) if peak and base else None,
             None,
+            held.get(variant.name),
         )
-        log(f"  {row.variant}: {row.median_ratio}x (spread {row.spread}), memory {row.peak_ratio}x")
+        memory_of = f"{row.peak_mib} MiB" if benchmark.call else f"{row.peak_ratio}x"
+        log(f"  {row.variant}: {row.median_ratio}x (spread {row.spread}), memory {memory_of}")
         yield row
+
+
+def _time(function: Callable[[], object], calls: int) -> float:
+    """Seconds of a call. One thread on a CPU is timed by the processor's time: others' work does not count."""
+    import torch
+
+    alone = setting.device == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
+    _wait()
+    start = clock()
+    for _ in range(calls):
+        function()
+    _wait()
+    return max(1e-9, clock() - start) / calls
 
 
 def _wait() -> None:
@@ -182,6 +244,36 @@ def _wait() -> None:
         import torch
 
         torch.cuda.synchronize()
+
+
+def _held(function: Callable[[], object]) -> float | None:
+    """The most that one call holds beyond what is there before it, in MiB; None where the system does not say."""
+    gc.collect()
+    if setting.device.startswith("cuda"):
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 2)
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, so that using it again is seen
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is the present size again
+    except (OSError, AttributeError):
+        return None
+    before = _status("VmRSS")
+    function()
+    after = _status("VmHWM")
+    return None if before is None or after is None else round(max(0.0, after - before) / 1024, 2)
+
+
+def _status(key: str) -> float | None:
+    """A size of this process in KiB."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(float(line.split()[1]) for line in lines if line.startswith(key))
+    except (OSError, StopIteration):
+        return None
 
 
 def _peak(name: str, label: str, variant: str) -> float | None:
@@ -203,8 +295,5 @@ def report_peak(name: str, label: str, wanted: str, device: str, dtype: str) -> 
         import torch
 
         return torch.cuda.max_memory_allocated() / 1024
-    try:  # what getrusage says includes the parent's size at the fork
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(float(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    most = _status("VmHWM")  # what getrusage says includes the parent's size at the fork
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if most is None else most

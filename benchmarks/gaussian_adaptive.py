@@ -1,26 +1,28 @@
-"""Gaussian adaptive attention with five Gaussians a head: one softmax, beside the loop over Gaussians as released."""
+"""Gaussian adaptive attention with five Gaussians a head: one softmax, beside the loop over Gaussians as released.
 
-from collections.abc import Callable
+Four heads over features of width 256, batch 8, from 128 to 8,192 steps; and over time, once.
+"""
+
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from benchmarks import Benchmark, Variant, setting
+from benchmarks._parts import OURS, Part, Way, Work, benchmark_of, draw, of_module, scaled_dot_product, timed
 from headwise.attention import GaussianAdaptiveAttention
 
-INPUTS = {"8 x 512 x 768, over features": ((8, 512, 768), -1), "1 x 8192 x 256, over time": ((1, 8192, 256), 1)}
-HEADS, GAUSSIANS = 4, 5
+HEADS, GAUSSIANS, BATCH, WIDTH = 4, 5, 8, 256
+STEPS = (128, 512, 2048, 8192)
+RELEASED = "as released: loops over heads and Gaussians"
 
 
-def prepared(label: str, count: int = GAUSSIANS) -> tuple[GaussianAdaptiveAttention, torch.Tensor]:
-    shape, dim = INPUTS[label]
+def prepared(shape: tuple[int, ...], dim: int, count: int = GAUSSIANS) -> tuple[GaussianAdaptiveAttention, Tensor]:
     torch.manual_seed(0)
-    module = GaussianAdaptiveAttention(HEADS, count, dim, width_init=2.0)
-    place = {"device": setting.device, "dtype": getattr(torch, setting.dtype)}
-    return module.to(**place), torch.randn(shape).to(**place)
+    return GaussianAdaptiveAttention(HEADS, count, dim, width_init=2.0), draw(shape)[0]
 
 
-def released(module: GaussianAdaptiveAttention, x: torch.Tensor) -> torch.Tensor:
+def released(module: GaussianAdaptiveAttention, x: Tensor) -> Tensor:
     """Head after head, Gaussian after Gaussian, the product over its sum."""
     outputs = []
     for head, part in enumerate(x.chunk(HEADS, module.dim)):
@@ -34,25 +36,48 @@ def released(module: GaussianAdaptiveAttention, x: torch.Tensor) -> torch.Tensor
     return torch.cat(outputs, module.dim)
 
 
-def variants(label: str) -> list[Variant]:
-    def make(count: int, function: Callable[..., object] | None) -> Callable[[], object]:
-        module, x = prepared(label, count)
-        return torch.no_grad()(partial(function, module, x) if function else partial(module, x))
+def work(shape: tuple[int, ...], dim: int, loops: bool, count: int = GAUSSIANS) -> Work:
+    return of_module(*prepared(shape, dim, count), function=released if loops else None)
 
+
+def ways(steps: int) -> dict[str, Way]:
+    shape = (BATCH, steps, WIDTH)
+    return {OURS: partial(work, shape, -1, False), RELEASED: partial(work, shape, -1, True)}
+
+
+PARTS = [
+    Part(
+        "gaussian adaptive",
+        STEPS,
+        "{} steps".format,
+        ways,
+        (RELEASED,),
+        lambda steps: scaled_dot_product(BATCH, HEADS, steps, WIDTH // HEADS),
+        lambda steps: BATCH * steps * WIDTH * (4 * GAUSSIANS + 8),  # of each number: statistics, Gaussians, softmax
+        int,
+        most=2048,
+    )
+]
+
+
+def over_time() -> list[Variant]:
+    shape = (1, 8192, WIDTH)
+    alone = draw(shape, gradients=False)[0]
     return [
-        Variant("loop, as released", partial(make, GAUSSIANS, released)),
-        Variant("headwise", partial(make, GAUSSIANS, None)),
-        Variant("headwise, 1 Gaussian", partial(make, 1, None)),
-        Variant("softmax alone", partial(make, 1, lambda module, x: x.softmax(module.dim))),
+        Variant(RELEASED, lambda: timed(partial(work, shape, 1, True), False)),
+        Variant("headwise", lambda: timed(partial(work, shape, 1, False), False)),
+        Variant("headwise, 1 Gaussian", lambda: timed(partial(work, shape, 1, False, 1), False)),
+        Variant("softmax alone", lambda: torch.no_grad()(partial(alone.softmax, 1))),
     ]
 
 
 @torch.no_grad()
 def check() -> None:
-    for label in INPUTS:
-        module, x = prepared(label)
-        torch.testing.assert_close(module(x), released(module, x), atol=1e-5, rtol=1e-3)
+    bound = 1e-5 if setting.dtype == "float32" else 3e-2
+    for shape, dim in (((2, 64, WIDTH), -1), ((1, 512, 64), 1)):
+        ours, theirs = (work(shape, dim, loops)[0]() for loops in (False, True))
+        torch.testing.assert_close(ours, theirs, atol=bound, rtol=1e-3)
 
 
 def benchmark() -> Benchmark:
-    return Benchmark("gaussian_adaptive", {label: partial(variants, label) for label in INPUTS}, check)
+    return benchmark_of("gaussian_adaptive", PARTS, check, {f"1 x 8192 x {WIDTH}, over time": over_time})

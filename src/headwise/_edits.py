@@ -166,6 +166,10 @@ def convert(where: str, hint: Any, text: str, tokenizer: Any = None) -> Any:
                 return origin(text)
             except ValueError:
                 wanted.append("a whole number" if origin is int else "a number")
+        elif origin is slice:
+            if re.fullmatch(r"(-?\d+)?:(-?\d+)?", text):
+                return slice(*(int(end) if end else None for end in text.split(":")))
+            wanted.append("a range such as 2:-1")
         elif origin is Callable:
             if re.fullmatch(r"[\w.]+:\w+", text):
                 return import_name(text, where)
@@ -263,6 +267,8 @@ def _readable(hint: Any) -> str:
             names.append("function")
         elif origin is KeyGroup:
             names.append("key group")
+        elif origin is slice:
+            names.append("range")
         elif origin is float:
             names.append("number")
         elif isinstance(origin, type):

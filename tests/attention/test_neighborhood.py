@@ -161,11 +161,13 @@ def test_fast_paths_equal_the_definition(axes, heads, with_bias, with_extra):
 @pytest.mark.parametrize("grid", [(90,), (23, 37), (6, 5, 40)])
 @needs_cpp
 def test_the_kernel_on_rows_that_fill_vectors(grid):
-    """Shifted blocks, their overlap at the end, and borders, with and without strides, causal axes and a bias."""
-    for kernel, stride, dilation, causal in itertools.product((4, 5), (1, 3), (1, 2), (False, True)):
+    """Shifted blocks, their overlap at the end, and borders whose rows share a vector, with and without strides, causal
+    axes and a bias; sizes that are whole vectors and others."""
+    for kernel, stride, dilation, causal in itertools.product((4, 7), (1, 3), (1, 2), (False, True)):
         window = tuple(min(kernel, n // dilation) for n in grid)
         step = tuple(min(stride, n) for n in window)
-        q, k, v = (x.float() for x in tensors(grid, 4, 2, 12, 10))
+        sizes = (12, 10) if kernel == 4 else (32, 19)
+        q, k, v = (x.float() for x in tensors(grid, 4, 2, *sizes))
         bias = torch.randn(4, *(2 * n - 1 for n in window))
         given_ = {"stride": step, "dilation": dilation, "is_causal": causal, "bias": bias}
         ours, theirs = (neighborhood_attention(q, k, v, window, backend=one, **given_) for one in ("cpp", "tiled"))

@@ -101,6 +101,20 @@ def test_every_query_keeps_its_budget_and_the_class_token_all():
     assert (mask[:, :, 1:, 0].float().mean() < 1) or p.budget == 26, "the class token's column is not forced"
 
 
+@pytest.mark.parametrize("keep", [0.04, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("std", [0.02, 0.3, 0.0])  # nearly all scores 0, hardly any, all
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mask_has_the_keys_that_sorting_finds(keep, std, dtype):
+    p, (q, k) = layer(keep=keep).mask_predictor.to(dtype), (x.to(dtype) for x in queries())
+    with torch.no_grad():
+        p.proj_back_n.normal_(std=std)
+    assert torch.equal(p.mask(q, k), connectivity_from_indices(p(q, k), 26))
+    few = torch.tensor([[0, 3, 4, 7, 11, 25], [0, 1, 2, 3, 20, 21]])
+    short = [x[:, :, :6] for x in (q, k)]
+    assert torch.equal(p.mask(*short, few), connectivity_from_indices(p(*short, few), 6))
+    assert p.mask(q[:0], k[:0]).shape == (0, 4, 26, 26)
+
+
 def test_choices_depend_on_the_image_and_the_head():
     p, (q, k) = layer().mask_predictor, queries()
     found = p(q, k).sort(-1).values

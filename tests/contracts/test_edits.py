@@ -1,6 +1,7 @@
 """What every edit must pass, primitive ones of `attend` and methods of `steering` alike; found by what they export."""
 
 import contextlib
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -38,6 +39,15 @@ def neutral(cls: type) -> Edit | None:
             edit = cls(**(arguments or {}))
             if edit.neutral:
                 return edit
+    if callable(getattr(cls, "example", None)):  # where not every number may be 1 or 0, one of its example
+        made = cls.example()
+        for item in fields(made):
+            for number in (1.0, 0.0):
+                if isinstance(getattr(made, item.name), float):
+                    with contextlib.suppress(ValueError):
+                        edit = replace(made, **{item.name: number})
+                        if edit.neutral:
+                            return edit
     return None
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.compiling import assert_compiles
 from tests.contracts.discovery import exported, make
 from tests.contracts.mechanisms import CONTRACT, layout_of
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ def test_contract(case: tuple[type[nn.Module], Options], check: Callable[[nn.Mod
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_compiled_equals_eager(case: tuple[type[nn.Module], Options]):
     module, x = example(*case)
-    torch.testing.assert_close(torch.compile(module)(x), module(x), atol=1e-5, rtol=1e-4)
+    assert_compiles(module, x)
 
 
 class Causal(nn.Module):

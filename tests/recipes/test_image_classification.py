@@ -81,7 +81,7 @@ def test_mechanisms_end_in_one_table():
 
 
 def test_what_holds_no_classes_is_refused(tmp_path, folder):
-    with pytest.raises(InputError, match="is no folder; expected digits"):
+    with pytest.raises(InputError, match="is no folder; expected digits, scenes, shapes"):
         load_images(str(tmp_path / "nothing"))
     with pytest.raises(InputError, match="holds 0 folders of pictures"):
         load_images(str(folder / "red"))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from headwise.attend.addresses import Head
 from headwise.attend.edits import ScaleHeads
+from headwise.errors import InputError
 from headwise.hf.addresses import layout
 from headwise.hf.session import steer
-from headwise.steering.search import changes, search_heads
+from headwise.steering.search import HeadSearch, changes, search_heads
 from headwise.steering.zero_tuning import ZeroTuning, tune_initial_token
 
 PROMPTS = 60
@@ -152,6 +154,87 @@ def test_candidates_bound_the_search():
     found = Made({PLANTED: 0.5, Head(0, 0): 0.5}, shared=True).search(candidates="1.*", draws=3)
     assert found.heads == [PLANTED]
     assert set(found.map.ranked()) == {Head(1, head) for head in range(HEADS)}
+
+
+def test_half_of_the_prompts_are_held_out():
+    """Prompt i gains i under the planted head: the halves share no prompt and make up all of them."""
+    made = Made({})
+
+    def score() -> Tensor:
+        (heads, _), made.open = made.open or ([], 0.0), None
+        return torch.arange(9.0) * (PLANTED in heads)
+
+    found = search_heads(made.model, made.edit, score, draws=3, seed=4)
+    unseen = set(found.held_out.tolist())
+    assert found.heads == [PLANTED] and len(unseen) == 4
+    others = set(range(9)) - unseen
+    assert found.calibration_gain == pytest.approx(sum(others) / 5)
+    again = search_heads(made.model, made.edit, score, draws=3, seed=5)
+    assert set(again.held_out.tolist()) != unseen
+    with pytest.raises(ValueError, match=r"at least two where half of them are held out"):
+        search_heads(made.model, made.edit, lambda: torch.zeros(1))
+
+
+def test_an_edit_that_gains_nothing_says_so():
+    found = Made({PLANTED: 0.5}, shared=True).search(draws=3)
+    assert "gains nothing" not in str(found)
+    found.held_out = -found.held_out
+    assert "the edit gains nothing here" in str(found)
+
+
+def test_a_search_is_saved_and_read(tmp_path: Path):
+    found = Made({PLANTED: 0.5}, best=3.0).search(strengths=(1.0, 3.0), probes=(2.5,), draws=4)
+    found.save(tmp_path / "found.json")
+    read = HeadSearch.load(tmp_path / "found.json")
+    assert read.heads == found.heads and read.strength == found.strength and read.curve == found.curve
+    assert read.map.scores == found.map.scores and read.baseline == found.baseline
+    assert torch.equal(read.held_out, found.held_out) and torch.equal(read.random, found.random)
+    assert torch.equal(read.all_heads, found.all_heads) and str(read) == str(found)
+    assert read.baseline[0] == pytest.approx(float(Made({}).score("calibration", 1)().mean()), abs=0.1)
+    (tmp_path / "other.json").write_text('{"schema": 1, "held_out": [0.1]}')
+    with pytest.raises(InputError, match=r"other.json: is damaged"):
+        HeadSearch.load(tmp_path / "other.json")
+    with pytest.raises(InputError, match="is no head search of schema 1"):
+        HeadSearch.from_json({"schema": 1})
+
+
+def test_a_search_that_was_killed_goes_on(tmp_path: Path):
+    model, file = tiny_llama(), tmp_path / "search.jsonl"
+    score, held_out = losses(model, text(6, 10)), losses(model, text(6, 10, seed=5))
+    runs, limit = [0], [5]
+
+    def counted() -> Tensor:
+        runs[0] += 1
+        if runs[0] > limit[0]:
+            raise KeyboardInterrupt
+        return score()
+
+    def search(measure: Callable[[], Tensor], gamma: float = 3.0, **options: Any) -> HeadSearch:
+        return search_heads(
+            model, lambda heads: ZeroTuning(gamma=gamma, heads=heads), measure, held_out, draws=3, **options
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        search(counted, resume=file)
+    done = len(file.read_text().splitlines()) - 1
+    assert done == 4  # the plain model is not a measurement
+    with file.open("a") as broken:
+        broken.write('{"of": ["score", ["1.')
+    limit[0], runs[0] = 10**6, 0
+    steps: list[tuple[int, int]] = []
+    found, whole = search(counted, resume=file, progress=lambda *at: steps.append(at)), search(score)
+    assert found.heads == whole.heads and found.map.scores == whole.map.scores
+    assert torch.equal(found.held_out, whole.held_out) and torch.equal(found.random, whole.random)
+    fresh = runs[0] - 1
+    assert fresh + done == len({line for line in file.read_text().splitlines()[1:] if '"score"' in line})
+    assert [at for at, _ in steps] == list(range(1, len(steps) + 1)) and steps[-1][0] <= steps[-1][1]
+    runs[0] = 0
+    search(counted, resume=file)
+    assert runs[0] == 1  # the plain model, to see that the file is of this search
+    with pytest.raises(InputError, match="belongs to another search: its edit is another"):
+        search(score, gamma=2.0, resume=file)
+    with pytest.raises(InputError, match="belongs to another search"):
+        search(losses(model, text(6, 10, seed=9)), resume=file)
 
 
 def test_changes_are_against_the_plain_model():

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from sklearn.metrics import adjusted_rand_score
+from sklearn.metrics import adjusted_rand_score, confusion_matrix, jaccard_score, recall_score
 
 from headwise.tasks.scenes import object_scenes
-from headwise.tasks.segmentation import adjusted_rand, segmentation_scores
+from headwise.tasks.segmentation import adjusted_rand, class_scores, class_table, segmentation_scores
 
 
 def test_ari_is_that_of_scikit_learn():
@@ -64,3 +64,37 @@ def test_scenes_without_objects_are_counted_and_left_out():
 def test_other_maps_are_refused(true, predicted, said):
     with pytest.raises((ValueError, TypeError), match=said):
         segmentation_scores(true, predicted)
+
+
+def test_class_scores_are_those_of_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    true, other = torch.randint(0, 4, (2, 3, 8, 8), generator=generator)
+    predicted = torch.where(torch.rand(true.shape, generator=generator) < 0.6, true, other)
+    table = torch.stack([class_table(one, two, 4) for one, two in zip(true, predicted, strict=True)]).sum(0)
+    flat = true.flatten().numpy(), predicted.flatten().numpy()
+    assert table.tolist() == confusion_matrix(*flat).tolist()
+    scores = class_scores(table)
+    assert scores.iou == pytest.approx(jaccard_score(*flat, average=None))  # pyright: ignore[reportArgumentType]
+    assert scores.miou == pytest.approx(jaccard_score(*flat, average="macro"))
+    assert scores.mean_accuracy == pytest.approx(recall_score(*flat, average="macro"))
+    assert scores.pixel_accuracy == pytest.approx(float((true == predicted).double().mean())) and scores.pixels == 192
+
+
+def test_pixels_that_do_not_count_and_classes_that_are_nowhere():
+    true, predicted = torch.tensor([0, 0, 1, 255]), torch.tensor([0, 1, 1, 2])
+    scores = class_scores(class_table(true, predicted, 3))
+    assert scores.pixels == 3 and scores.pixel_accuracy == pytest.approx(2 / 3)
+    assert scores.iou[:2] == (0.5, 0.5) and math.isnan(scores.iou[2]) and scores.miou == 0.5
+    assert math.isnan(class_scores(class_table(true[3:], predicted[3:], 3)).miou)
+
+
+def test_labels_out_of_range_are_refused():
+    maps = torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"true holds labels from 0 to 3; expected 0 to 2, or 255"):
+        class_table(torch.tensor([0, 3]), maps, 3)
+    with pytest.raises(ValueError, match=r"predicted holds labels from -1 to 0"):
+        class_table(maps, torch.tensor([0, -1]), 3)
+    with pytest.raises(ValueError, match=r"predicted is torch\.float32; expected label maps"):
+        class_table(maps, maps.float(), 3)
+    with pytest.raises(ValueError, match=r"true is \(2,\), predicted \(1,\)"):
+        class_table(maps, maps[:1], 3)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Head", "Layout", "Tower", "select_heads"]
+__all__ = ["Head", "Layout", "Tower", "pick_layers", "select_heads"]
 
 TOWER = r"[A-Za-z][A-Za-z0-9_-]*"
 _ADDRESS = re.compile(rf"(?:({TOWER}):)?([0-9]+)\.([0-9]+)")
@@ -239,3 +239,26 @@ def select_heads(
             f"heads: {selection!r} names no head{reader.why_empty}; loosen it, or leave it out for all heads"
         )
     return list(chosen)
+
+
+def pick_layers(layers: slice | Iterable[int] | None, count: int, where: str) -> list[int]:
+    """Layer numbers, ascending and each once, of a slice, of numbers (negative ones from the end) or of None: all.
+
+    >>> pick_layers(slice(2, -1), 6, "example")
+    [2, 3, 4]
+
+    Raises ValueError for numbers out of range, and where nothing is left.
+    """
+    if layers is None:
+        return list(range(count))
+    if isinstance(layers, slice):
+        found = list(range(count))[layers]
+    else:
+        numbers = list(layers)
+        wrong = [number for number in numbers if not -count <= number < count]
+        if wrong:
+            raise ValueError(f"{where}: layer {wrong[0]} is out of range; {room('layer', count, '')}")
+        found = [number % count for number in numbers]
+    if not found:
+        raise ValueError(f"{where}: layers is {layers}, which leaves none; {room('layer', count, '')}")
+    return sorted(set(found))

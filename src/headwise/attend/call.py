@@ -96,7 +96,8 @@ class Call:
         """Fused attention and its log-sum-exp without the sink column: `[b h t e]`, `[b h t]`.
 
         bias: `[b|1, h|1, 1, s]` added to the scores (kept broadcast: it costs nothing beside the causal flag).
-        only: boolean `[b, s]`, the columns to attend to; rows that see none of them get output 0 and -inf.
+        only: boolean `[b, s]`, or `[b, h, s]` where they differ from head to head: the columns to attend to; rows that
+            see none of them get output 0 and -inf.
         """
         mask = self.mask
         if bias is not None:
@@ -108,7 +109,7 @@ class Call:
         # A finite exclusion, not -inf: a row that sees nothing else is recognised by its log-sum-exp afterwards,
         # without looking at the mask. exp(-3e4) is 0 in every dtype.
         excluded = torch.zeros(only.shape, dtype=self.work_dtype, device=only.device).masked_fill_(~only, _EXCLUDED)
-        excluded = excluded[:, None, None]
+        excluded = excluded[:, None, None] if only.ndim == 2 else excluded[:, :, None]
         mask = excluded if mask is None else _add(mask, excluded, self.work_dtype)
         out, lse = attention_with_lse(
             self.q, self.k, self.v, mask=mask, causal=self.causal, scale=self.scale, softcap=self.softcap
@@ -135,18 +136,21 @@ class Call:
     def scores(self, rows: slice | Tensor, columns: Tensor | int | None = None) -> Tensor:
         """`[b h r s]` scores of rows, as the softmax sees them: scaled, soft-capped, biased, -inf where masked.
 
-        rows: a slice or indices. columns: `[b, g]` indices (then the scores are `[b h r g]`), or a number n for the
-        first n columns.
+        rows: a slice or indices. columns: `[b, g]` or `[b, h, g]` indices (then the scores are `[b h r g]`), or a
+        number n for the first n columns.
         """
         b, h, _, d = self.q.shape
         keys = self.keys
         if isinstance(columns, int):
             keys = keys[:, :, :columns]
-        elif columns is not None:
+        elif columns is not None and columns.ndim == 2:
             keys = keys.gather(2, columns[:, None, :, None].expand(-1, keys.shape[1], -1, d))
         queries = self.q[:, :, rows].to(self.work_dtype)
         r = queries.shape[2]
-        scores = (queries.reshape(b, self.k.shape[1], self.groups * r, d) @ keys.mT).view(b, h, r, -1) * self.scale
+        if isinstance(columns, Tensor) and columns.ndim == 3:
+            scores = queries @ self.at_columns(keys, columns).mT * self.scale
+        else:
+            scores = (queries.reshape(b, self.k.shape[1], self.groups * r, d) @ keys.mT).view(b, h, r, -1) * self.scale
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         return self.masked(scores, rows, columns)
@@ -192,17 +196,24 @@ class Call:
             if isinstance(columns, int):
                 mask = mask[..., :columns]
             elif columns is not None and mask.shape[3] > 1:
-                index = columns[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
-                mask = mask.expand(columns.shape[0], -1, -1, -1).gather(3, index)
+                index = columns[:, None] if columns.ndim == 2 else columns
+                index = index[:, :, None].expand(-1, max(mask.shape[1], index.shape[1]), mask.shape[2], -1)
+                mask = mask.expand(len(index), index.shape[1], -1, -1).gather(3, index)
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         if self.causal:
             row = torch.arange(self.q.shape[2], device=scores.device)[rows][:, None]
             if isinstance(columns, Tensor):
-                hidden = (columns[:, None, :] > row)[:, None]
+                hidden = columns[:, None, None, :] > row if columns.ndim == 2 else columns[:, :, None, :] > row
             else:
                 hidden = torch.arange(scores.shape[-1], device=scores.device) > row
             scores = scores.masked_fill(hidden, -torch.inf)
         return scores
+
+    def at_columns(self, x: Tensor, columns: Tensor) -> Tensor:
+        """`[b h g d]` of keys or values `[b n s d]`, at columns `[b h g]` of every query head."""
+        b, h, _ = columns.shape
+        batch = torch.arange(b, device=x.device)[:, None, None]
+        return x[batch, torch.arange(h, device=x.device)[None, :, None] // self.groups, columns]
 
     def simplified(self) -> "Call":
         """The same call with a mask of padding alone written as a causal flag and a broadcast key mask.
@@ -217,6 +228,22 @@ class Call:
         memo = {"lse": self.memo["lse"]} if "lse" in self.memo else {}
         return replace(self, mask=keys, causal=True, memo=memo)
 
+    def last_rows(self, count: int) -> "Call":
+        """The same call for its last rows."""
+        t, s = self.q.shape[2], self.k.shape[2]
+        if count == t:
+            return self
+        mask = self.mask
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask[:, :, t - count :]
+        if self.causal and t - count < s - 1:  # otherwise every row sees every key
+            seen = torch.arange(s, device=self.q.device) <= torch.arange(t - count, t, device=self.q.device)[:, None]
+            if mask is None or mask.dtype == torch.bool:
+                mask = seen[None, None] if mask is None else mask & seen
+            else:
+                mask = mask.masked_fill(~seen, -torch.inf)
+        return replace(self, q=self.q[:, :, t - count :], mask=mask, causal=False, memo={})
+
     def take(self, heads: list[int], *, expand: bool = False) -> "Call":
         """The same call for some of its heads (positions in this call).
 
@@ -225,21 +252,27 @@ class Call:
         """
         if heads == list(range(self.q.shape[1])) and not (expand and self.groups > 1):
             return replace(self, memo={})
-        index = torch.tensor(heads, device=self.q.device)
-        kv = index // self.groups if expand else index[:: self.groups] // self.groups
+        kv = [head // self.groups for head in (heads if expand else heads[:: self.groups])]
         mask = self.mask
         if mask is not None and mask.shape[1] > 1:
-            mask = mask[:, index]
+            mask = _pick(mask, heads)
         return replace(
             self,
-            q=self.q[:, index],
-            k=self.k[:, kv],
-            v=self.v[:, kv],
+            q=_pick(self.q, heads),
+            k=_pick(self.k, kv),
+            v=_pick(self.v, kv),
             mask=mask,
-            sinks=None if self.sinks is None else self.sinks[index],
+            sinks=None if self.sinks is None else self.sinks[heads],
             heads=[self.heads[i] for i in heads],
             memo={},
         )
+
+
+def _pick(x: Tensor, heads: list[int]) -> Tensor:
+    """Heads of `[b h .. ..]`; neighbours are a view, so that a decode step copies no keys."""
+    if heads == list(range(heads[0], heads[0] + len(heads))):
+        return x[:, heads[0] : heads[0] + len(heads)]
+    return x[:, torch.tensor(heads, device=x.device)]
 
 
 _EXCLUDED = -3e4

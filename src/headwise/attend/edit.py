@@ -2,24 +2,28 @@
 
 Every edit names heads (None: all of the main tower), the rows that it touches (`when`) and its neutral setting, at
 which it is the identity bit for bit. Edits act in three stages, each in the order given: on the inputs of a head
-(`InputEdit`), on its weights (`GroupEdit` through the masses of key groups, `RowEdit` on whole rows), on its output
-(`OutputEdit`). To write your own, subclass one of the four.
+(`InputEdit`), on its weights (`GroupEdit` through the masses of key groups, `RowEdit` on whole rows, `ColumnEdit` on
+rows as their columns demand), on its output (`OutputEdit`). To write your own, subclass one of the five.
 """
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from headwise.attend.addresses import Head
+from headwise.attend.addresses import Head, Layout, select_heads
 from headwise.attend.call import Call
 from headwise.attend.groups import KeyGroup
+from headwise.attend.read import Probe
 from headwise.attend.step import Step
 
-__all__ = ["Edit", "GroupEdit", "InputEdit", "OutputEdit", "RowEdit", "Rows"]
+__all__ = ["ColumnEdit", "Edit", "GroupEdit", "InputEdit", "OutputEdit", "RowEdit", "Rows", "touched_rows"]
 
+_SERIALS = itertools.count()
 Heads = str | Iterable[Head | str] | None
 When = Literal["all", "prompt", "generated"] | Callable[[Step], Tensor]
 
@@ -45,6 +49,11 @@ class Edit:
                 f"{type(self).__name__}: when is {self.when!r}; choose all, prompt, generated or a function"
             )
 
+    @cached_property
+    def serial(self) -> int:
+        """A number of this edit alone, under which it keeps things in `Step.carried`: they may outlive it there."""
+        return next(_SERIALS)
+
     @property
     def neutral(self) -> bool:
         """True where this edit changes nothing; it is then skipped altogether."""
@@ -61,6 +70,24 @@ class Edit:
         select: the heads of this model that a selection names.
         """
         return self.primitives()
+
+    def named(self, layout: Layout, scores: Callable[[str], Mapping[Head, float | None]] | None = None) -> list[Head]:
+        """The heads of a model that this edit changes."""
+        return select_heads(self.heads, layout, scores=scores)
+
+    def watch(self, model: nn.Module, step: Callable[[], Step | None]) -> Iterable[Callable[[], Any]]:
+        """Hang hooks on a model to read what attention does not show; return what takes them down again.
+
+        Called once, when the edit is attached and before anything is changed: a model in which the edit cannot work is
+        refused here. step: gives the forward that the main tower is in. What was found about a sequence belongs in
+        `Step.carried`, which lasts as long as its cache; `primitives` makes new edits for every context, so that no
+        two contexts share what an edit keeps in itself.
+        """
+        return ()
+
+    def probes(self) -> tuple[Probe, ...]:
+        """Probes that read for this edit while it is attached; asked for after `watch`."""
+        return ()
 
     def key_groups(self) -> tuple[KeyGroup, ...]:
         """The key groups that this edit names."""
@@ -92,6 +119,10 @@ class OutputEdit(Edit):
 class GroupEdit(Edit):
     """Changes the masses of key groups; what lies inside a group, and inside the rest, keeps its proportions."""
 
+    def groups(self, call: Call) -> tuple[KeyGroup, ...]:
+        """The key groups in a layer; always equally many."""
+        return self.key_groups()
+
     def constant(self, call: Call) -> list[Tensor] | None:
         """For each group a `[h]` constant added to its scores, if that is all this edit does; otherwise None."""
         return None
@@ -106,11 +137,39 @@ class GroupEdit(Edit):
 
 
 class RowEdit(Edit):
-    """Changes whole rows of weights: they are formed block by block, for the named heads only."""
+    """Changes whole rows of weights: they are formed block by block, for the named heads only.
+
+    any_rows: `change` learns from `rows` alone which rows it is shown, so that it may be given a call of only the last
+    rows when the earlier ones are not touched.
+    """
+
+    any_rows: ClassVar[bool] = False
 
     def change(self, weights: Tensor, rows: "Rows") -> Tensor:
         """`[b h r s]` float32 weights of the named heads to the same shape."""
         raise NotImplementedError
+
+
+class ColumnEdit(RowEdit):
+    """Changes rows by what columns received: it is shown all rows of a call before it changes any."""
+
+    def shown(self, call: Call) -> bool:
+        """Whether the rows of this call have been shown, by `fused` or by `begin`, `show` and `end`."""
+        raise NotImplementedError
+
+    def begin(self, call: Call) -> None:
+        """The rows of a call follow, in order, in blocks."""
+
+    def show(self, weights: Tensor, rows: "Rows") -> None:
+        """`[b h r s]` weights of the named heads, as the edits before have left them."""
+        raise NotImplementedError
+
+    def end(self, call: Call) -> None:
+        """All rows have been shown."""
+
+    def fused(self, call: Call) -> Tensor | None:
+        """`[b h t e]` outputs by a way shorter than rows, asked for where no other edit names these heads; or None."""
+        return None
 
 
 @dataclass
@@ -150,3 +209,9 @@ class Rows:
     def positions(self) -> Tensor:
         """`[r]` absolute positions of the rows; columns start at `call.key_offset`."""
         return torch.arange(self.call.q.shape[2], device=self.call.q.device)[self.index] + self.call.row_offset
+
+
+def touched_rows(edit: Edit, call: Call) -> bool | Tensor:
+    """`edit.rows(call)` for a call that may hold only the last rows of its forward."""
+    rows = edit.rows(call)
+    return rows[:, -call.q.shape[2] :] if isinstance(rows, Tensor) else rows

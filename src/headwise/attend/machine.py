@@ -3,7 +3,8 @@
 Heads that no edit names go to the plain implementation. The named heads are sorted into parts with the same edits:
 - only constants on key groups: one fused call with a broadcast key bias;
 - other edits on key groups: split the keys into atoms and the rest, one fused call for the rest, merge by log-masses;
-- edits on rows: rows of weights block by block.
+- edits on rows: rows of weights block by block; an edit that depends on columns is shown all of them first.
+Rows before the first that a part touches are left to the plain implementation.
 Factors and replacements of outputs come last.
 """
 
@@ -15,7 +16,16 @@ import torch
 from torch import Tensor
 
 from headwise.attend.call import Call
-from headwise.attend.edit import Edit, GroupEdit, InputEdit, OutputEdit, RowEdit, Rows
+from headwise.attend.edit import (
+    ColumnEdit,
+    Edit,
+    GroupEdit,
+    InputEdit,
+    OutputEdit,
+    RowEdit,
+    Rows,
+    touched_rows,
+)
 from headwise.attend.merge import key_bias, regroup_rows, split_and_merge
 from headwise.attend.read import Probe, Reading
 from headwise.ops.softmax import log_sum_exp
@@ -57,39 +67,72 @@ class Part:
         for edit in self.edits:
             self.touched = _either(self.touched, edit.rows(call))
 
-    def run(self) -> Tensor:
-        """`[b t n e]` outputs of the part's heads."""
+    def skipped(self) -> int:
+        """How many rows come before the first that is touched, where they can be left out."""
+        if not isinstance(self.touched, Tensor):
+            return 0
+        t = self.touched.shape[1]
+        if any(isinstance(edit, ColumnEdit) for edit in self.edits):
+            return 0  # rows that are not changed count all the same
+        if not bool(self.touched.any()):
+            return t
+        whole = any(isinstance(edit, RowEdit) and not edit.any_rows for edit in self.edits)
+        return 0 if whole or t == 1 else int(self.touched.any(0).int().argmax())
+
+    def run(self, skip: int = 0) -> Tensor:
+        """`[b t n e]` outputs of the part's heads, of the rows from `skip` on."""
+        call = self.call.last_rows(self.call.q.shape[2] - skip)
+        if len(self.edits) == 1 and isinstance(self.edits[0], ColumnEdit):
+            out = self.edits[0].fused(call)
+            if out is not None:
+                return out.transpose(1, 2)
         if any(isinstance(edit, RowEdit) for edit in self.edits):
             blocks = []
-            for index in _blocks(self.call.q.shape[2]):
-                weights = self.weights(index)
+            for index in _blocks(call.q.shape[2]):
+                weights = self.weights(index, call=call)
                 b, n, r, s = weights.shape
-                kv = self.call.v.shape[1]
-                value = self.call.v.to(weights.dtype)
+                kv = call.v.shape[1]
+                value = call.v.to(weights.dtype)
                 blocks.append((weights.reshape(b, kv, -1, s) @ value).view(b, n, r, -1))
-            out = torch.cat(blocks, 2) if blocks else self.call.attend()[0]
-            return out.to(self.call.q.dtype).transpose(1, 2)
+            out = torch.cat(blocks, 2) if blocks else call.attend()[0]
+            return out.to(call.q.dtype).transpose(1, 2)
         groups = [edit for edit in self.edits if isinstance(edit, GroupEdit)]
-        bias = key_bias(self.call, groups)
+        bias = key_bias(call, groups)
         if groups and bias is None:
-            return split_and_merge(self.call, groups).transpose(1, 2)
-        out, lse = self.call.attend(bias=bias)
-        return _share_with_sinks(out, lse, self.call).transpose(1, 2)
+            return split_and_merge(call, groups).transpose(1, 2)
+        out, lse = call.attend(bias=bias)
+        return _share_with_sinks(out, lse, call).transpose(1, 2)
 
-    def weights(self, index: slice | Tensor, columns: int | None = None) -> Tensor:
-        """`[b n r s]` the final weights of some rows."""
-        weights, sink = rows_and_sink(self.call, index, columns)
-        for edit in self.edits:
+    def weights(self, index: slice | Tensor, columns: int | None = None, *, call: Call | None = None) -> Tensor:
+        """`[b n r s]` the final weights of some rows of the part's call, or of its last rows."""
+        call = self.call if call is None else call
+        for number, edit in enumerate(self.edits):
+            if isinstance(edit, ColumnEdit) and not edit.shown(call):
+                self._show(edit, number)
+        return self._rows(call, index, columns, len(self.edits))[0]
+
+    def _show(self, edit: ColumnEdit, number: int) -> None:
+        """Show all rows to an edit, as the edits before it leave them."""
+        edit.begin(self.call)
+        for index in _blocks(self.call.q.shape[2]):
+            weights, sink = self._rows(self.call, index, None, number)
+            edit.show(weights, Rows(self.call, index, None, self.named[id(edit)], sink))
+        edit.end(self.call)
+
+    def _rows(self, call: Call, index: slice | Tensor, columns: int | None, count: int) -> tuple[Tensor, Tensor | None]:
+        """Rows and their sink column after the first edits."""
+        weights, sink = rows_and_sink(call, index, columns)
+        for edit in self.edits[:count]:
             new, new_sink = weights, sink
             if isinstance(edit, GroupEdit):
-                new, new_sink = regroup_rows(self.call, edit, weights, sink)
+                new, new_sink = regroup_rows(call, edit, weights, sink)
             elif isinstance(edit, RowEdit):
-                rows = Rows(self.call, index, columns, self.named[id(edit)], sink)
+                rows = Rows(call, index, columns, self.named[id(edit)], sink)
                 new, new_sink = edit.change(weights, rows), rows.sink
-            weights = _where(edit, self.call, index, new, weights)
+            weights = _where(edit, call, index, new, weights)
             if sink is not None and new_sink is not None:
-                sink = _where(edit, self.call, index, new_sink, sink)
-        return weights
+                sink = _where(edit, call, index, new_sink, sink)
+        return weights, sink
 
 
 def attend(
@@ -110,9 +153,14 @@ def attend(
     parts = _parts(weight_edits, call)
     out = _plain(call, probes, plain, parts)
     for part in parts:
-        new = part.run().to(out.dtype)
+        skip = part.skipped()
+        if isinstance(part.touched, Tensor) and skip == part.touched.shape[1]:
+            continue
+        new = part.run(skip).to(out.dtype)
         if isinstance(part.touched, Tensor):
-            new = torch.where(part.touched[..., None, None], new, out[:, :, part.heads])
+            new = torch.where(part.touched[:, skip:, None, None], new, out[:, skip:, part.heads])
+        if skip:
+            new = torch.cat([out[:, :skip, part.heads], new], 1)
         out = new if len(part.heads) == out.shape[2] else out.index_copy(2, _index(part.heads, out), new)
     for edit, heads in active:
         if isinstance(edit, OutputEdit):
@@ -130,6 +178,8 @@ def plain_rows(call: Call, index: slice | Tensor, columns: int | None = None) ->
 def rows_and_sink(call: Call, index: slice | Tensor, columns: int | None = None) -> tuple[Tensor, Tensor | None]:
     """The weights of some rows `[b h r s]`, and that of the learned sink column `[b h r 1]` where there is one."""
     scores = call.scores(index, columns)
+    if call.mask is None and call.sinks is None:  # every row sees a key
+        return scores.softmax(-1), None
     lse = log_sum_exp(scores, keepdim=True)
     sink = None
     if call.sinks is not None:
@@ -208,7 +258,7 @@ def _edit_output(edit: OutputEdit, heads: list[int], out: Tensor, call: Call) ->
 
 
 def _where(edit: Edit, call: Call, index: slice | Tensor, new: Tensor, old: Tensor) -> Tensor:
-    rows = edit.rows(call)
+    rows = touched_rows(edit, call)
     return torch.where(rows[:, None, index, None], new, old) if isinstance(rows, Tensor) else new
 
 

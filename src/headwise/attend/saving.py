@@ -16,6 +16,8 @@ from headwise.attend.groups import KeyGroup, key_group
 
 __all__ = ["load_edits", "save_edits"]
 
+NUMBERS = ("layers", "sink_dims")  # fields that hold a few whole numbers, not a tensor
+
 
 def _encode(name: str, value: object) -> object:
     """One field of an edit as JSON. Raises ValueError for what cannot be written down (functions, other runs)."""
@@ -25,6 +27,8 @@ def _encode(name: str, value: object) -> object:
         return value.tolist()
     if isinstance(value, Head):
         return str(value)
+    if isinstance(value, slice):
+        return {"slice": [value.start, value.stop, value.step]}
     if isinstance(value, dict):
         return {str(key): _encode(name, item) for key, item in value.items()}
     if isinstance(value, float) and math.isinf(value):
@@ -37,15 +41,24 @@ def _encode(name: str, value: object) -> object:
 
 
 def _decode(name: str, value: object) -> object:
-    if name == "group" and isinstance(value, dict):
-        return key_group(value["name"], **{key: item for key, item in value.items() if key != "name"})
+    if isinstance(value, dict) and "name" in value:
+        return key_group(value["name"], **{key: _frozen(item) for key, item in value.items() if key != "name"})
+    if isinstance(value, dict) and "slice" in value:
+        return slice(*value["slice"])
     if value in ("inf", "-inf"):
         return float(str(value))
     if isinstance(value, dict):
         return {Head.parse(head): _decode("", item) for head, item in value.items()}
+    if isinstance(value, list) and name in NUMBERS:
+        return tuple(value)
     if name != "heads" and isinstance(value, list):
         return torch.tensor(value)
     return value
+
+
+def _frozen(value: object) -> object:
+    """Lists as the tuples that they were."""
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
 
 
 def _document(edit: Edit) -> dict:

@@ -19,6 +19,7 @@ class Step:
     past: tokens in the cache before this forward. length: tokens in this forward; `total = past + length`.
     images: `[b, total]` boolean or None where the model has no image token.
     cache: anything that must be computed once per forward and not once per layer.
+    carried: what edits found out about this sequence, handed on from forward to forward; it lies with the cache.
     """
 
     ids: Tensor
@@ -29,6 +30,7 @@ class Step:
     images: Tensor | None = None
     wants_weights: bool = False
     cache: dict = field(default_factory=dict)
+    carried: dict = field(default_factory=dict)
 
     @property
     def total(self) -> int:

@@ -143,11 +143,11 @@ class ClassSemanticsAttention(nn.Module):
                     "give both at one rate, or make it with interpolate=True"
                 )
             read = nn.functional.interpolate(read, features.shape[2], mode="linear", align_corners=False)
-        attended = [gate * features for gate in self.gates(read, mask).values()]
+        gates = list(self.gates(read, mask).values())
         if self.mix is not None:
-            return self.mix(torch.cat(attended, 1))
-        whole = sum(attended[1:], attended[0])
-        return whole / len(attended) if self.fuse == "mean" else whole
+            return self.mix(torch.cat([gate * features for gate in gates], 1))
+        whole = sum(gates[1:], gates[0])  # of the gates, not of the attended copies: the features are read once
+        return (whole / len(gates) if self.fuse == "mean" else whole) * features
 
 
 class SqueezeExcitation(ClassSemanticsAttention):

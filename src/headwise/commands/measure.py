@@ -29,7 +29,7 @@ __all__ = ["bench", "train"]
 
 def bench(
     names: Annotated[list[str] | None, typer.Argument(help="Benchmarks; left out: all.")] = None,
-    inputs: Annotated[list[str] | None, typer.Option("--input", help="Only this input of a benchmark.")] = None,
+    inputs: Annotated[list[str] | None, typer.Option("--input", help="Only inputs whose name has this in it.")] = None,
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="How often each variant is timed.")] = None,
     memory: Annotated[bool, typer.Option(help="Measure peak memory too, in a process for each variant.")] = True,
     listing: Annotated[bool, typer.Option("--list", help="List the benchmarks.")] = False,
@@ -62,13 +62,37 @@ def bench(
         if as_json:
             return said.write(document(**found))
         print(f"{found['machine'].get('processor') or 'this machine'}; ratios to the first variant of each input\n")
+        digests = found.get("digests", {})
         for row in found["rows"]:
+            if row["name"] in digests:
+                continue
             if row["skipped"]:
                 figures = f"skipped: {row['skipped']}"
             else:
                 peak = "" if row["peak_ratio"] is None else f"  memory {row['peak_ratio']:.2f}"
                 figures = f"{row['median_ratio']:.2f} ± {row['spread']:.2f}{peak}"
             print(f"{row['name']:12} {row['input']:16} {row['variant']:34} {figures}")
+        for lines in digests.values():
+            _print_digest(lines)
+
+
+def _print_digest(lines: list[dict[str, Any]]) -> None:
+    """One table for each part and pass; each figure is headwise's time, or its memory, over what the column names."""
+
+    def figure(value: float | None, unit: str = "") -> str:
+        return "-" if value is None else f"{value:.3g}{unit}"
+
+    last = None
+    for line in lines:
+        if (line["part"], line["pass"]) != last:
+            last = line["part"], line["pass"]
+            ahead = f"; ahead of softmax attention {line['break_even']}" if line["break_even"] else ""
+            print(f"\n{line['part']}, {line['pass']}{ahead}")
+            print(f"  {'':30} {'/ softmax':>10} {'/ product':>10} {'/ peer':>8}   MiB: own, softmax, peer")
+        memory = ", ".join(figure(line[key]) for key in ("mib", "softmax_mib", "peer_mib"))
+        peer = f"  ({line['peer']})" if line["peer"] else ""
+        figures = f"{figure(line['of_softmax']):>10} {figure(line['of_product']):>10} {figure(line['of_peer']):>8}"
+        print(f"  {line['size']:30} {figures}   {memory}{peer}")
 
 
 def _registry() -> Any:
@@ -89,7 +113,8 @@ def train(
     specimen: Annotated[
         str,
         typer.Argument(
-            help="A specimen's name, or a recipe: image-classifier, fine-grained, reidentification, action-proposals."
+            help="A specimen's name, or a recipe: image-classifier, segmentation, detection, fine-grained, "
+            "reidentification, action-proposals, vision-language-model."
         ),
     ],
     out: Annotated[Path | None, typer.Option("--out", help=f"Folder for the model ({DEFAULT_OUT}/SPECIMEN).")] = None,
@@ -98,18 +123,23 @@ def train(
         str | None,
         typer.Option(
             "--data",
-            help="Recipes: a folder, or what is drawn: digits, scenes (hub:NAME, too), people, or generated videos.",
+            help="Recipes: a folder, or what is drawn: digits, scenes, shapes (hub:NAME, too), people, generated, or "
+            "conversations as LLaVA's JSON.",
         ),
     ] = None,
     attention: Annotated[
         str | None,
         typer.Option(
-            "--attention", help="image-classifier: a class of headwise.attention; action-proposals: csa, se or csa+se."
+            "--attention",
+            help="image-classifier: a class of headwise.attention ; action-proposals: csa, se or csa+se.",
         ),
     ] = None,
     backbone: Annotated[
         str | None,
-        typer.Option("--backbone", help="fine-grained, reidentification: a ViT by hub id or folder to start from."),
+        typer.Option(
+            "--backbone",
+            help="segmentation, detection: davit, neighborhood, agent, small-vit, ...; others: a ViT (hub id, folder).",
+        ),
     ] = None,
     size: Annotated[
         str | None, typer.Option("--size", help="Pictures are resized to it: 224, or 256x128 for reidentification.")
@@ -120,6 +150,32 @@ def train(
     baseline: Annotated[
         bool | None,
         typer.Option("--baseline/--no-baseline", help="Recipes with a method: train the network without it, too."),
+    ] = None,
+    parameters: Annotated[
+        int | None, typer.Option("--parameters", min=1, help="segmentation, detection: about so many (150000).")
+    ] = None,
+    classes: Annotated[
+        int | None, typer.Option("--classes", min=2, help="segmentation: labels of a folder's masks, from 0.")
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option("--from", help="Go on with this model or, with --backbone, its weights; folder, hub id."),
+    ] = None,
+    convert: Annotated[
+        str | None,
+        typer.Option("--convert", help="image-classifier: first convert it: mixture-of-head[:key=value,...], ..."),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="One table of several --attention or --backbone A,B,...; else of all.")
+    ] = False,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", min=1, help="With --compare: how many, from --seed on (3).")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", min=0.0, help="The highest of the cosine (0.002).")
+    ] = None,
+    alignment: Annotated[
+        str | None, typer.Option("--alignment", help="vision-language-model: saisa, naavit or embedding (saisa).")
     ] = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -135,6 +191,14 @@ def train(
         "size": size,
         "window": window,
         "baseline": baseline,
+        "parameters": parameters,
+        "classes": classes,
+        "from": source,
+        "convert": convert,
+        "compare": compare or None,
+        "seeds": seeds,
+        "learning_rate": learning_rate,
+        "alignment": alignment,
     }
     options = {name: value for name, value in given.items() if value is not None}
     with output(as_json) as said:
@@ -148,7 +212,7 @@ def train(
                 f"specimen: {specimen!r} is unknown; there are {', '.join(known)}{nearest(specimen, known)}"
             )
         if options:
-            first = next(iter(options))
+            first = next(iter(options)).replace("_", "-")
             raise InputError(f"train: --{first} is for {', '.join(RECIPES)}; {specimen} has its own data")
         folder = out if out is not None else Path(DEFAULT_OUT) / specimen
         from headwise._folders import writable_folder

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headwise.commands import image_recipes, vision_language
 from headwise.commands.common import DEFAULT_OUT, Output, document, quiet_libraries
 from headwise.errors import InputError
 
@@ -64,8 +65,8 @@ def run_recipe(
 
     recipe = RECIPES[name]
     if unknown := sorted(set(options) - set(recipe.options)):
-        takes = ", ".join(f"--{option}" for option in recipe.options)
-        raise InputError(f"train: --{unknown[0]} is not an option of {name}, which takes {takes}")
+        takes = ", ".join(f"--{option.replace('_', '-')}" for option in recipe.options)
+        raise InputError(f"train: --{unknown[0].replace('_', '-')} is not an option of {name}, which takes {takes}")
     folder = writable_folder(out if out is not None else Path(DEFAULT_OUT) / name)
     quiet_libraries()
     started = time.monotonic()
@@ -78,7 +79,7 @@ def run_recipe(
     print(f"{seconds:.0f} s, written to {folder}")
 
 
-def _square(given: str | None) -> int | None:
+def side_of(given: str | None) -> int | None:
     """A side in pixels. Raises InputError for anything else."""
     if given is None:
         return None
@@ -110,26 +111,11 @@ def _table(rows: Mapping[str, Mapping[str, float]], columns: list[str]) -> list[
     return lines
 
 
-def _classifier(asked: Request) -> tuple[dict[str, Any], list[str]]:
-    from headwise.recipes.image_classification import load_images, train_image_classifier
-
-    images = load_images(asked.data("digits"), size=_square(asked.options.get("size")), seed=asked.seed)
-    asked.said.log(f"training on {len(images.train)} images of {len(images.classes)} classes")
-    name = asked.options.get("attention") or "SoftmaxAttention"
-    found = train_image_classifier(images, attention=name, out=asked.folder, **asked.training)
-    figures = {"accuracy": found.accuracy, "parameters": found.parameters, "flops": found.flops, "loss": found.loss}
-    lines = [
-        f"{name} on {images.name}: {found.accuracy:.1%} of {len(images.test)} test images right",
-        f"{found.parameters:,} parameters, {found.flops:,} operations an image",
-    ]
-    return {"data": images.name, "attention": name, "metrics": figures}, lines
-
-
 def _fine_grained(asked: Request) -> tuple[dict[str, Any], list[str]]:
     from headwise.recipes.fine_grained import train_fine_grained
     from headwise.recipes.image_classification import load_images
 
-    images = load_images(asked.data("digits"), size=_square(asked.options.get("size")), train=200, seed=asked.seed)
+    images = load_images(asked.data("digits"), size=side_of(asked.options.get("size")), train=200, seed=asked.seed)
     asked.said.log(f"training on {len(images.train)} images of {len(images.classes)} classes")
     backbone = asked.options.get("backbone")
 
@@ -193,9 +179,13 @@ def _action_proposals(asked: Request) -> tuple[dict[str, Any], list[str]]:
     return {"data": data.name, "attention": kind, "metrics": metrics}, lines
 
 
+TABLED = ("data", "size", "from", "learning_rate", "compare", "seeds")
 RECIPES = {
-    "image-classifier": Recipe(("data", "attention", "size"), _classifier),
+    "image-classifier": Recipe((*TABLED, "attention", "convert"), image_recipes.classifier),
+    "segmentation": Recipe((*TABLED, "backbone", "parameters", "classes"), image_recipes.segmentation),
+    "detection": Recipe((*TABLED, "backbone", "parameters"), image_recipes.detection),
     "fine-grained": Recipe(("data", "backbone", "size", "baseline"), _fine_grained),
     "reidentification": Recipe(("data", "backbone", "size", "baseline"), _reidentification),
     "action-proposals": Recipe(("data", "attention", "window", "baseline"), _action_proposals),
+    "vision-language-model": Recipe(("data", "from", "alignment"), vision_language.vision_language_model),
 }

@@ -256,7 +256,8 @@ class Steering:
 
     def heads(self, edits: list[Any]) -> list[Any]:
         """Every head that the edits name, in order, each once."""
-        return list(dict.fromkeys(head for edit in edits for head in edit.heads))
+        parts = [part for edit in edits for part in edit.primitives()]  # a method may keep to some layers
+        return list(dict.fromkeys(head for part in parts for head in part.named(self.layout)))
 
 
 def _joined(name: str, options: dict[str, str]) -> str:

@@ -15,9 +15,11 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -27,12 +29,15 @@ from headwise.errors import UnsupportedModel
 
 __all__ = [
     "NAME",
+    "Held",
     "Mechanism",
     "aside",
     "assign",
     "base_function",
     "base_name",
     "gates_of",
+    "held",
+    "hold",
     "is_aside",
     "mechanism_of",
     "offer",
@@ -95,6 +100,29 @@ _offered: dict[str, _Offer] = {}
 
 _bases: dict[int, str] = {}  # id(config) -> the implementation beneath a mechanism's name, while the config lives
 
+
+@runtime_checkable
+class Held(Protocol):
+    """A layer of a cache that holds different keys for different heads, and so must attend itself."""
+
+    def attend(self, function: Mechanism, module: nn.Module, query, key, value, mask, **options) -> tuple:
+        """What `function`, the module's own, gives over what is held."""
+        ...
+
+    def expanded(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, shapes_only: bool
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Keys and values of all positions and the mask `[b h t s]` that hides what a head does not hold."""
+        ...
+
+    def settle(self, module: nn.Module, query: Tensor, mask: Any, **options) -> None:
+        """Called once after each call of attention."""
+        ...
+
+
+# The fresh keys that a cache returned to a module -> the cache's layer, for the call of attention that follows.
+_held = WeakIdKeyDictionary()
+
 # id(module) -> the module, kept alive, and what stands in for its attention.
 _assigned: dict[int, tuple[nn.Module, Mechanism]] = {}
 
@@ -123,13 +151,15 @@ def offer(
     AttentionMaskInterface.register(name, _mask)
 
 
-def use(configs: Iterable[Any], name: str) -> None:
-    """Switch configs to an offered mechanism for good; the implementation that each had is the one beneath.
+def use(modules: Iterable[nn.Module], name: str, kept: Iterable[nn.Module] = ()) -> None:
+    """Switch the configs of attention modules to an offered mechanism for good; the implementation that each had is the
+    one beneath. kept: those of the modules that go on attending as before.
 
-    Raises RuntimeError while probes, edits or an assigned mechanism are on a model with one of them.
+    Raises RuntimeError while probes, edits or an assigned mechanism are on a model with one of the configs.
     """
     with LOCK:
-        configs = list(configs)
+        modules, kept = list(modules), set(kept)
+        configs: list[Any] = list({id(module.config): module.config for module in modules}.values())
         if any(id(config) in _switched for config in configs):
             raise RuntimeError("convert: probes or edits are attached to a model with this config; remove them first")
         for config in configs:
@@ -137,6 +167,8 @@ def use(configs: Iterable[Any], name: str) -> None:
                 _bases[id(config)] = base_name(config)
                 weakref.finalize(config, _bases.pop, id(config), None)
             config._attn_implementation_internal = name
+        for module in modules:
+            setattr(module, "keeps_attention", module in kept)  # noqa: B010, copies of the model have it, too
 
 
 def was_switched(config: Any) -> bool:
@@ -172,17 +204,34 @@ def unassign(module: nn.Module) -> None:
         restore(module.config)
 
 
+def hold(key: Tensor, layer: Held) -> None:
+    """Let the call of attention that receives these very keys attend to what a cache's layer holds."""
+    _held[key] = layer
+
+
+def held(key: Tensor) -> Held | None:
+    """The cache's layer that returned these keys, once; None for the keys of ordinary caches."""
+    return None if torch.compiler.is_compiling() or not _held else _held.pop(key, None)
+
+
 def mechanism_of(module: nn.Module) -> Mechanism | None:
     """What stands in for a module's attention, None where its weights are those of a softmax over its keys."""
     if id(module) in _assigned:
         return _assigned[id(module)][1]
-    offered = _offered.get(previous_name(module.config))
+    offered = _offer_of(module)
     return None if offered is None else offered.mechanism
+
+
+def _offer_of(module: nn.Module) -> _Offer | None:
+    """The mechanism that a module's config names; None for a module that keeps its attention."""
+    if id(module) in _assigned or getattr(module, "keeps_attention", False):
+        return None
+    return _offered.get(previous_name(module.config))
 
 
 def gates_of(module: nn.Module) -> Gates | None:
     """What a module's mechanism gates the heads of ordinary attention with; None where it is no such mechanism."""
-    offered = None if id(module) in _assigned else _offered.get(previous_name(module.config))
+    offered = _offer_of(module)
     return None if offered is None else offered.gates
 
 
@@ -190,13 +239,13 @@ def without_rows(module: nn.Module) -> bool:
     """Whether a mechanism stands in for a module's attention whose heads have no rows of softmax weights."""
     if id(module) in _assigned:
         return True
-    offered = _offered.get(previous_name(module.config))
+    offered = _offer_of(module)
     return offered is not None and offered.gates is None and offered.sees is None
 
 
 def seen(module: nn.Module, query: Tensor, key: Tensor, mask: Any) -> Any:
     """The mask under which a module really attends: its own, or that of the mechanism it was switched to."""
-    offered = None if id(module) in _assigned else _offered.get(previous_name(module.config))
+    offered = _offer_of(module)
     return mask if offered is None or offered.sees is None else offered.sees(module, query, key, mask)
 
 
@@ -270,7 +319,22 @@ def previous_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor |
     mechanism = mechanism_of(module)
     if mechanism is not None:
         return mechanism
-    return _function(module, previous_name(module.config))
+    name = previous_name(module.config)
+    if name not in _offered:
+        return _function(module, name)
+    return base_function(module) if _offered[name].masks is None else _kept
+
+
+def _kept(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """A module that keeps its attention beside others with a mechanism that gets boolean masks, as it does then."""
+    for name in ("softcap", "s_aux", "position_bias"):
+        if options.get(name) is not None:
+            raise UnsupportedModel(
+                f"{type(module).__name__}: its attention has {name}, so that no layer can be kept beside converted ones"
+            )
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
 
 
 def _function(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -297,10 +361,16 @@ def _attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
+    options = {"scaling": scaling, "dropout": dropout, **kwargs}
     handler = getattr(_local, "aside", None) or _handlers.get(id(module))
-    if handler is None:
-        handler = previous_function(module)
-    return handler(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if handler is not None:
+        return handler(module, query, key, value, attention_mask, **options)
+    layer, function = held(key), previous_function(module)
+    if layer is None:
+        return function(module, query, key, value, attention_mask, **options)
+    out = layer.attend(function, module, query, key, value, attention_mask, **options)
+    layer.settle(module, query, attention_mask, **options)
+    return out
 
 
 def _mask(*args, config: Any = None, **kwargs):

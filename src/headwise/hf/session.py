@@ -9,7 +9,8 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +44,16 @@ class _Context:
 
     edits: list[BoundEdit]
     probes: list[Probe]
+    watches: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def watch(self, model: nn.Module, step: Callable[[], Step | None]) -> None:
+        """Let the edits hang their hooks on a model, and bring their probes. None hangs there if it raises."""
+        with contextlib.ExitStack() as hung:
+            for bound in self.edits:
+                for undo in bound.edit.watch(model, step):
+                    hung.callback(undo)
+            self.probes = [*self.probes, *(probe for bound in self.edits for probe in bound.edit.probes())]
+            self.watches = hung.pop_all()
 
 
 class Handle:
@@ -118,7 +129,7 @@ def _bind(model: nn.Module, items: Sequence[Edit | Probe], layout: Layout, score
             if edit.neutral:
                 continue
             heads: dict[tuple[str, int], list[int]] = {}
-            for head in select(edit.heads):
+            for head in edit.named(layout, scores):
                 heads.setdefault((head.tower, head.layer), []).append(head.head)
             edits.append(BoundEdit(edit, {place: sorted(named) for place, named in heads.items()}))
     return _Context(edits, probes)
@@ -136,6 +147,7 @@ class PointSession:
         return _bind(self.model, items, self.layout, scores)
 
     def open(self, context: _Context) -> None:
+        context.watch(self.model, lambda: None)
         self.contexts.append(context)
         self._show()
 
@@ -143,6 +155,7 @@ class PointSession:
         with dispatch.LOCK:
             self.contexts = [c for c in self.contexts if c is not context]
             self._show()
+        context.watches.close()
 
     def _show(self) -> None:
         edits = [bound for context in self.contexts for bound in context.edits]
@@ -184,8 +197,13 @@ class Session:
                 "steer: this model already has edits from another thread, and they would mix; steer it from one "
                 "thread, or give each thread a model of its own"
             )
+        context.watch(self.model, lambda: self.step(self.layout.main.name))
         if not self.contexts:
-            self._install()
+            try:
+                self._install()
+            except BaseException:
+                context.watches.close()
+                raise
         self.owner = thread
         self.contexts.append(context)
 
@@ -194,6 +212,7 @@ class Session:
             self.contexts = [c for c in self.contexts if c is not context]
             if not self.contexts:
                 self._uninstall()
+        context.watches.close()
 
     def _install(self) -> None:
         if any(id(module) in dispatch._handlers for module in self.places):
@@ -216,6 +235,7 @@ class Session:
             for stack, names in towers.items():
                 hook = self._enter_stack(stack, names)
                 self._hooks.append(stack.register_forward_pre_hook(hook, with_kwargs=True))
+                self._hooks.append(stack.register_forward_hook(self._leave_stack(names)))
             for module in self.places:
                 projection = output_projection(module, self.model)
                 self._hooks.append(projection.register_forward_hook(self._mixed(module, projection)))
@@ -265,6 +285,15 @@ class Session:
 
         return hook
 
+    def _leave_stack(self, towers: list[str]):
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            trackers = self._trackers()
+            for tower in towers:
+                if tower in trackers:
+                    trackers[tower].end(output)
+
+        return hook
+
     def _trackers(self) -> dict[str, StepTracker]:
         if not hasattr(self._thread, "trackers"):
             self._thread.trackers = {}
@@ -290,16 +319,31 @@ class Session:
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """One attention call of one of this model's modules."""
+        options = {"scaling": scaling, "dropout": dropout, **kwargs}
+        held = dispatch.held(key)
+        found = self._handle(module, (query, key, value, attention_mask), options, held)
+        if held is not None:
+            held.settle(module, query, attention_mask, **options)
+        return found
+
+    def _handle(
+        self, module: nn.Module, arguments: tuple, options: dict[str, Any], held: dispatch.Held | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """held: the layer of the cache, where it holds other keys for each head."""
+        query, key, value, attention_mask = arguments
+        dropout = options["dropout"]
         tower, layer = self.places[module]
         edits = [b for c in self.contexts for b in c.edits if b.heads.get((tower, layer))]
         replayed = torch._C._current_graph_task_id() != -1
         probes = [] if replayed else [p for c in self.contexts for p in c.probes]
         weights_probes = [p for p in probes if p.reads_weights]
         previous = dispatch.previous_function(module)
+        if held is not None:
+            previous = partial(held.attend, previous)
         step = self.step(tower)
-        wants_weights = bool(kwargs.get("output_attentions") or (step is not None and step.wants_weights))
+        wants_weights = bool(options.get("output_attentions") or (step is not None and step.wants_weights))
         if not edits and not probes and not wants_weights:
-            return previous(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+            return previous(module, *arguments, **options)
         if dropout and (weights_probes or any(not isinstance(b.edit, OutputEdit) for b in edits)):
             raise ValueError(
                 f"attention dropout is {dropout} and the model is in training mode: weights would not be those that "
@@ -314,21 +358,26 @@ class Session:
                 "mode zero, mean or resample)"
             )
         # A paged cache reaches attention itself up to transformers 5.23; later only the places in it do.
-        if kwargs.get("cache") is not None or "read_index" in kwargs:
+        if options.get("cache") is not None or "read_index" in options:
             raise UnsupportedModel("continuous batching is not supported; call generate or the model itself")
         kind = self.kinds.get(tower, "causal")
-        seen = dispatch.seen(module, query, key, attention_mask)
-        call = read_call(module, query, key, value, seen, scaling, kwargs, kind, step, self.step("encoder"))
+        read = (key, value, attention_mask)
+        if held is not None:
+            outputs_only = all(isinstance(b.edit, OutputEdit) for b in edits) and not weights_probes
+            read = held.expanded(query, *read, shapes_only=outputs_only and not wants_weights)
+        seen = dispatch.seen(module, query, read[0], read[2])
+        call = read_call(
+            module, query, read[0], read[1], seen, options["scaling"], options, kind, step, self.step("encoder")
+        )
         call.tower, call.layer = tower, layer
         share = self._share(module, query.shape[1])
         if share is not None:
             call.heads = share.numbers(query.shape[1])
-        arguments = (query, key, value, attention_mask)
-        options = {"scaling": scaling, "dropout": dropout, **kwargs}
         gates = self._gates(module, arguments, options, edits)
         if gates is not None:
             previous = dispatch.base_function(module)  # edits change what is gated
         plain = Plain(previous, module, arguments, options)
+        plain.is_fused = plain.is_fused and held is None
         self._refuse_moved_rows(call, edits)
         self._thread.call = (module, call)
         out = attend(call, edits, weights_probes if share is None else [], plain)

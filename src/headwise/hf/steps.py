@@ -1,8 +1,9 @@
 """Filling in a `Step` at every forward, from hooks on the model and on its stacks of layers."""
 
+import contextlib
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ __all__ = ["CACHE_NAMES", "StepTracker", "find_stacks"]
 
 CACHE_NAMES = ("cache", "past_key_values")
 """The argument that holds the cache, and the field of a model's output: renamed in transformers 5.24."""
+CARRIED = "_headwise_carried"
 
 
 def find_stacks(model: nn.Module, places: dict[nn.Module, tuple[str, int]]) -> dict[str, nn.Module]:
@@ -51,7 +53,8 @@ class StepTracker:
         self.signature = inspect.signature(stack.forward)
         self.image_token = image_token
         self.step: Step | None = None
-        self.cache: Callable[[], Any] = lambda: None  # a weak reference to the cache of the last forward
+        # One sequence a cache: guidance, for one, goes on with two in turn.
+        self._steps: weakref.WeakKeyDictionary[Any, Step] = weakref.WeakKeyDictionary()
 
     def begin(self, args: tuple, kwargs: dict[str, Any], outer: dict[str, Any]) -> Step | None:
         """The step of a forward with these arguments. outer: those of the whole model, which may hold the ids."""
@@ -70,15 +73,25 @@ class StepTracker:
         cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
         past = int(cache.get_seq_length()) if cache is not None else 0
         real = _real(given.get("attention_mask"), outer.get("attention_mask"), batch, past + length)
-        same_cache = cache is not None and self.cache() is cache
-        self.cache = weakref.ref(cache) if cache is not None else lambda: None
-        self.step = self._extend(ids, real, past, same_cache)
+        same_cache = cache is not None and cache in self._steps
+        before = self._steps[cache] if same_cache else self.step
+        self.step = self._extend(ids, real, past, before, same_cache)
+        if cache is not None:
+            self._steps[cache] = self.step
+        self.step.carried = _carried(cache, past, self.step.carried)
         self.step.wants_weights = bool(given.get("output_attentions") or outer.get("output_attentions"))
         return self.step
 
-    def _extend(self, ids: Tensor, real: Tensor | None, past: int, same_cache: bool) -> Step:
+    def end(self, output: Any) -> None:
+        """Lay what edits keep with the cache that a model has made for itself."""
+        if self.step is None or not isinstance(output, Mapping):
+            return
+        cache = next((output[name] for name in CACHE_NAMES if output.get(name) is not None), None)
+        if cache is not None and getattr(cache, CARRIED, None) is None:
+            _lay(cache, self.step.carried)
+
+    def _extend(self, ids: Tensor, real: Tensor | None, past: int, old: Step | None, same_cache: bool) -> Step:
         batch, length = ids.shape
-        old = self.step
         if same_cache and past and old is not None and past < old.total:
             raise RuntimeError(
                 f"the cache went back from {old.total} to {past} tokens while headwise was active: assisted decoding "
@@ -96,10 +109,29 @@ class StepTracker:
             prompt=torch.cat([before.prompt, prompt], 1),
             past=past,
             length=length,
+            carried=before.carried,
         )
         if self.image_token is not None:
             step.images = (step.ids == self.image_token) & step.prompt
         return step
+
+
+def _carried(cache: Any, past: int, handed: dict) -> dict:
+    """What edits keep with a cache: a copy of the cache has a copy of it, an emptied one starts anew.
+
+    handed: what the forward before has handed on, for caches on which nothing lies yet.
+    """
+    kept = getattr(cache, CARRIED, None)
+    if not isinstance(kept, dict) or past == 0:
+        kept = handed
+        if cache is not None:
+            _lay(cache, kept)
+    return kept
+
+
+def _lay(cache: Any, kept: dict) -> None:
+    with contextlib.suppress(AttributeError, TypeError):  # a cache that takes no attributes
+        setattr(cache, CARRIED, kept)
 
 
 def _real(mask: Any, outer: Any, batch: int, total: int) -> Tensor | None:

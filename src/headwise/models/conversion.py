@@ -18,13 +18,14 @@ from torch import nn
 __all__ = ["Converter", "chosen_layers", "convert", "converters", "replace_module"]
 
 Converter = Callable[..., Any]
-Model = TypeVar("Model", bound=nn.Module)
+Model = TypeVar("Model")
 
 
 def convert(model: Model, to: str, layers: Iterable[int] | None = None, **options: Any) -> Model:
     """Change the attention of a model into another mechanism, in place; the model is returned.
 
     to: the mechanism, as "mixture-of-head" (`converters` lists them). layers: which layers, by number; None is all.
+    model: of transformers, of timm, of plain torch modules or headwise's own; agent takes diffusers' pipelines, too.
     options: the mechanism's own. Weights that the mechanism shares with the attention before stay as they are.
     Raises ValueError for an unknown mechanism, option or layer and for a model that is converted already,
     UnsupportedModel for a model that the mechanism cannot go into; nothing has changed then.

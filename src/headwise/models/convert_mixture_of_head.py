@@ -3,7 +3,7 @@
 Models on transformers' attention interface keep their modules; a router goes into each attention module as
 `head_router`, and the heads' outputs are gated before the output projection. The query-norm router has no parameters,
 so that the state of the model stays what it was; the learned router adds its matrices, to be tuned. Networks of
-headwise's own `SoftmaxAttention` get `MixtureOfHeads` layers with the same weights.
+headwise's own `SoftmaxAttention`, of timm's or of torch's attention get `MixtureOfHeads` layers with the same weights.
 
 Once this module is imported, `from_pretrained(..., attn_implementation="headwise-mixture-of-head")` loads any model on
 the interface with query-norm routers in every layer: half of the heads shared, three quarters active.
@@ -37,7 +37,8 @@ from headwise.errors import UnsupportedModel
 from headwise.hf import dispatch
 from headwise.hf.addresses import attention_modules, layout
 from headwise.hf.projections import attention_shape, head_writes, output_projection
-from headwise.models.conversion import chosen_layers, replace_module
+from headwise.models._dense_blocks import Swapped, adopted, swap
+from headwise.models.conversion import chosen_layers
 
 __all__ = ["head_usage"]
 
@@ -70,10 +71,9 @@ def to_mixture_of_head(
         raise ValueError(f"convert: router is {router!r}; choose 'query_norm' or 'learned'")
     if any(isinstance(part, HeadRouter) for part in model.modules()):
         raise ValueError(f"convert: {type(model).__name__} is a mixture of heads already; convert a model once")
-    if head_points(model):
-        _convert_own(model, layers, active, shared, router, implementation)
-    else:
-        _convert_interface(model, layers, active, shared, router, implementation)
+    with adopted(model):
+        change = _convert_own if head_points(model) else _convert_interface
+        change(model, layers, active, shared, router, implementation)
     return model
 
 
@@ -105,53 +105,18 @@ def _convert_own(
     implementation: Implementation,
 ) -> None:
     dense = [part for part in model.modules() if isinstance(part, SoftmaxAttention)]
-    points = head_points(model)
-    if len(dense) != len(points) or any(part.dropout for part in dense):
-        raise UnsupportedModel(
-            f"convert: {type(model).__name__} has {len(points)} layers with heads, {len(dense)} of them "
-            "SoftmaxAttention; mixture-of-head goes into networks of SoftmaxAttention without dropout, or into "
-            "transformers models"
-        )
     chosen = chosen_layers(layers, len(dense))
-    splits = _splits([dense[layer].num_heads for layer in chosen], active, shared)
-    made = {}
-    for layer, (heads, fixed, k) in zip(chosen, splits, strict=True):
-        old = dense[layer]
-        made[layer] = new = MixtureOfHeads(
-            old.proj.out_features,
-            heads,
-            fixed,
-            k,
-            router,
-            num_kv_heads=old.num_kv_heads,
-            is_causal=old.is_causal,
-            qkv_bias=old.qkv.bias is not None,
-            implementation=implementation,
-        )
-        new.qkv.load_state_dict(old.qkv.state_dict())
-        new.proj.load_state_dict(old.proj.state_dict())
-    for layer, new in made.items():
-        replace_module(model, dense[layer], new)
-    _record(model, splits, chosen, router, implementation)
+    splits = dict(zip(chosen, _splits([dense[layer].num_heads for layer in chosen], active, shared), strict=True))
 
+    def make(old: SoftmaxAttention, layer: int) -> Swapped:
+        split = splits[layer]
+        own: dict[str, Any] = {
+            "num_shared": split.shared, "top_k": split.top_k, "router": router, "implementation": implementation,
+        }  # fmt: skip
+        fixed = {"num_kv_heads": old.num_kv_heads, "is_causal": old.is_causal, "qkv_bias": old.qkv.bias is not None}
+        return Swapped(MixtureOfHeads(old.proj.out_features, old.num_heads, **own, **fixed), own)
 
-def _record(
-    model: nn.Module, splits: list[HeadSplit], chosen: list[int], router: str, implementation: Implementation
-) -> None:
-    """Say it in the config of a network that is built from its config, so that it is saved and loaded as it is."""
-    config: Any = getattr(model, "config", None)
-    names = getattr(config, "attention", None)
-    if names is None or not hasattr(config, "attention_options"):
-        return
-    count = config.num_hidden_layers
-    names = [names] * count if isinstance(names, str) else list(names)
-    options = config.attention_options
-    options = list(options) if isinstance(options, list) else [options] * count
-    for layer, split in zip(chosen, splits, strict=True):
-        names[layer] = "MixtureOfHeads"
-        own = {"num_shared": split.shared, "top_k": split.top_k, "router": router, "implementation": implementation}
-        options[layer] = {**(options[layer] or {}), **own}
-    config.attention, config.attention_options = names, options
+    swap(model, layers, "mixture-of-head", make)
 
 
 # --- models on transformers' attention interface --------------------------------------------------------------------
@@ -184,7 +149,7 @@ def _convert_interface(
             'router has little to go by; use router="learned" and tune it',
             stacklevel=4,
         )
-    dispatch.use({id(module.config): module.config for module in ours.values()}.values(), NAME)
+    dispatch.use(ours.values(), NAME)
     for module in places:
         setattr(module, "head_router", routers.get(module))  # noqa: B010, a layer without one says so
         if isinstance(routers.get(module), LearnedRouter):

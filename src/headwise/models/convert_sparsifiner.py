@@ -1,8 +1,9 @@
 """Sparsifiner inside a trained vision transformer: `headwise.convert(model, to="sparsifiner")`, and its first stage.
 
 Encoders on transformers' attention interface (ViT, DeiT, DINOv2 without registers, ...) keep their modules; a predictor
-goes into each attention module as `connectivity` and picks the keys. Networks of headwise's own `SoftmaxAttention` get
-`SparsifinerAttention` with the same weights. Fresh predictors choose badly: train them first.
+goes into each attention module as `connectivity` and picks the keys. Networks of headwise's own `SoftmaxAttention`, of
+timm's or of torch's attention get `SparsifinerAttention` with the same weights. Fresh predictors choose badly: train
+them first.
 
     convert(model, to="sparsifiner", keep=0.25)
     set_connectivity(model, "predict")     # only predictors want a gradient, attention stays dense
@@ -10,6 +11,7 @@ goes into each attention module as `connectivity` and picks the keys. Networks o
     set_connectivity(model, "sparse")      # then tune the rest with the dense model as teacher
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -18,12 +20,13 @@ from torch import Tensor, nn
 
 from headwise.attend.point import head_points
 from headwise.attention.softmax import SoftmaxAttention
-from headwise.attention.sparsifiner import ConnectivityPredictor, Mode, SparsifinerAttention, connectivity_from_indices
+from headwise.attention.sparsifiner import ConnectivityPredictor, Mode, SparsifinerAttention
 from headwise.errors import UnsupportedModel
 from headwise.hf import dispatch
 from headwise.hf.addresses import attention_modules, layout, tower_kinds
 from headwise.hf.projections import attention_shape, output_projection
-from headwise.models.conversion import chosen_layers, replace_module
+from headwise.models._dense_blocks import Swapped, adopted, image_tokens, swap
+from headwise.models.conversion import chosen_layers
 
 __all__ = ["connectivity_loss", "set_connectivity"]
 
@@ -55,23 +58,29 @@ def to_sparsifiner(
     basis_threshold: float = 0.02,
     coef_topk: int = 8,
 ) -> Model:
-    """The converter. num_tokens, num_prefix_tokens: None reads them off the config (image and patch size; transformers'
-    encoders have a class token, headwise's SmallViT has none). The other options are `ConnectivityPredictor`'s.
+    """The converter. num_tokens, num_prefix_tokens (0 or 1): None reads them off the model (the image and patch size;
+    transformers' encoders have a class token, headwise's SmallViT has none). The other options are
+    `ConnectivityPredictor`'s.
     """
     if any(isinstance(part, ConnectivityPredictor) for part in model.modules()):
         raise ValueError(f"convert: {type(model).__name__} has predictors already; convert a model once")
-    own = bool(head_points(model))
-    prefix = (0 if own else 1) if num_prefix_tokens is None else num_prefix_tokens
-    tokens = _tokens(model, prefix) if num_tokens is None else num_tokens
-    options = {
-        "keep": keep,
-        "token_reduction": token_reduction,
-        "channel_reduction": channel_reduction,
-        "basis_threshold": basis_threshold,
-        "coef_topk": coef_topk,
-        "num_prefix_tokens": prefix,
-    }
-    (_convert_own if own else _convert_interface)(model, layers, tokens, options)
+    with adopted(model):
+        own, known = bool(head_points(model)), image_tokens(model)
+        prefix = num_prefix_tokens
+        if prefix is None:
+            prefix = (0 if own else 1) if known is None else known.prefix
+        tokens = num_tokens
+        if tokens is None:
+            tokens = _tokens(model, prefix) if known is None else math.prod(known.grid) + prefix
+        options = {
+            "keep": keep,
+            "token_reduction": token_reduction,
+            "channel_reduction": channel_reduction,
+            "basis_threshold": basis_threshold,
+            "coef_topk": coef_topk,
+            "num_prefix_tokens": prefix,
+        }
+        (_convert_own if own else _convert_interface)(model, layers, tokens, options)
     return model
 
 
@@ -90,29 +99,16 @@ def _tokens(model: nn.Module, prefix: int) -> int:
 
 
 def _convert_own(model: nn.Module, layers: Iterable[int] | None, tokens: int, options: dict[str, Any]) -> None:
-    dense = [part for part in model.modules() if isinstance(part, SoftmaxAttention)]
-    if len(dense) != len(head_points(model)) or any(part.is_causal or part.dropout for part in dense):
-        raise UnsupportedModel(
-            f"convert: {type(model).__name__} has layers other than bidirectional SoftmaxAttention without dropout; "
-            "sparsifiner goes into networks of those, or into transformers' vision encoders"
-        )
-    chosen = chosen_layers(layers, len(dense))
-    made = {}
-    for layer in chosen:
-        old = dense[layer]
-        width, heads = old.proj.out_features, old.num_heads
-        made[layer] = SparsifinerAttention(width, heads, tokens, qkv_bias=old.qkv.bias is not None, **options)
-        made[layer].load_dense(old)
-    for layer, new in made.items():
-        replace_module(model, dense[layer], new)
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "attention_options"):  # a network that is built from its config
-        count, names, given = config.num_hidden_layers, config.attention, config.attention_options
-        names = [names] * count if isinstance(names, str) else list(names)
-        given = [given] * count if isinstance(given, dict) else list(given)
-        for layer in chosen:
-            names[layer], given[layer] = "SparsifinerAttention", dict(options)
-        config.attention, config.attention_options = names, given
+    def make(old: SoftmaxAttention, layer: int) -> Swapped:
+        if old.is_causal or old.num_kv_heads != old.num_heads:
+            raise UnsupportedModel(
+                f"convert: layer {layer} is causal or has grouped keys; sparsifiner goes into bidirectional attention "
+                "with keys for each head"
+            )
+        given = {"qkv_bias": old.qkv.bias is not None, **options}
+        return Swapped(SparsifinerAttention(old.proj.out_features, old.num_heads, tokens, **given), options)
+
+    swap(model, layers, "sparsifiner", make)
 
 
 def _convert_interface(model: nn.Module, layers: Iterable[int] | None, tokens: int, options: dict[str, Any]) -> None:
@@ -134,7 +130,7 @@ def _convert_interface(model: nn.Module, layers: Iterable[int] | None, tokens: i
         new = Connectivity(shape.value_dim, tokens, shape.heads, **options)
         weight = next((p for p in projection.parameters() if p.is_floating_point()), torch.zeros(1))
         made[ours[layer]] = new.to(device=weight.device, dtype=weight.dtype).train(ours[layer].training)
-    dispatch.use({id(module.config): module.config for module in ours.values()}.values(), NAME)
+    dispatch.use(ours.values(), NAME)
     for module, new in made.items():
         module.register_module("connectivity", new)
 
@@ -162,7 +158,7 @@ def _attend(
             rows = (q[:, :, chooser.prefix :] @ k.mT * scale).softmax(-1)
             chooser.reconstruction = (chooser.reconstruct(q, k) - rows).square().sum()
         elif chooser.mode == "sparse":
-            shown = connectivity_from_indices(chooser(query, key), key.shape[2], chooser.prefix)
+            shown = chooser.mask(query, key)
             eager = dispatch.base_name(module.config) == "eager"  # which adds its masks
             mask = torch.zeros_like(shown, dtype=query.dtype).masked_fill(~shown, -torch.inf) if eager else shown
     return base(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.attention.softmax import split_heads
-from headwise.attention.sparsifiner import predictor_loss
+from headwise.attention.sparsifiner import connectivity_from_indices, predictor_loss
 from headwise.models.sparsifiner import SparsifinerConfig, SparsifinerViT, distillation_loss
 from headwise.papers.running import Run
 from headwise.tasks.digits import Digits, digit_batches, digit_images
@@ -61,6 +61,9 @@ class Chooser(nn.Module):
             near = torch.cat([torch.ones(64, 1), -torch.cdist(place, place)], 1)
             scores = near.expand(*q.shape[:2], -1, -1)
         return scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.budget]
+
+    def mask(self, q: Tensor, k: Tensor, positions: Tensor | None = None) -> Tensor:
+        return connectivity_from_indices(self(q, k, positions), q.shape[2], self.prefix)
 
 
 def with_choice(model: SparsifinerViT, kind: str) -> SparsifinerViT:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedModel
 
 from headwise.errors import InputError
 
+CONVERTED = "headwise_convert"  # in the config of a model of transformers: what its attention was converted to
 Progress = Callable[[int, int, str], None]
 
 
@@ -78,4 +80,7 @@ def train_with(
         made.train()
         if out is not None:
             made.save_model(str(out))
+            if isinstance(model, PreTrainedModel) and hasattr(model.config, CONVERTED) and made.is_world_process_zero():
+                # A checkpoint's old names for its modules would stand before those that were added, too.
+                model.save_pretrained(str(out), save_original_format=False)
     return made

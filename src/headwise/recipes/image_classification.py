@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from headwise.errors import InputError
 from headwise.models.small_vit import SmallViT, SmallViTConfig
@@ -45,7 +46,7 @@ class TrainedClassifier:
     flops: of one image, two for each multiply-accumulate, by counting.
     """
 
-    model: SmallViT
+    model: PreTrainedModel
     accuracy: float
     parameters: int
     flops: int
@@ -56,7 +57,8 @@ def load_images(source: str, *, size: int | None = None, train: int = 1200, seed
     """Images to classify.
 
     source: "digits" (8 x 8, the split that the papers share; train is 200, 600 or 1200 images); "scenes" (one object on
-    a gradient, the class is its shape; train of them, and half as many to test); a folder with a folder of pictures
+    a gradient, the class is its shape; train of them, and half as many to test); "shapes" (the same of one colour on
+    black, which is learned in a few hundred steps); a folder with a folder of pictures
     for each class, or with `train` and `test` (or `val`) holding such folders; or "hub:NAME", a data set with a column
     of images and one of labels (extra: data). size: side in pixels that pictures are resized to; 32 unless given.
 
@@ -67,7 +69,9 @@ def load_images(source: str, *, size: int | None = None, train: int = 1200, seed
         sets = InMemory(data.images, data.labels), InMemory(data.test_images, data.test_labels)
         return ImageSet("digits", *sets, classes=tuple("0123456789"), size=(1, 8, 8))
     if source == "scenes":
-        return _scenes(size or 32, train, seed)
+        return _scenes("scenes", size or 32, train, seed)
+    if source == "shapes":
+        return _scenes("shapes", size or 32, train, seed, style="plain", background="black")
     if source.startswith("hub:"):
         return _hub(source.removeprefix("hub:"), size or 32)
     return _folder(Path(source), size or 32)
@@ -77,7 +81,7 @@ def train_image_classifier(
     data: ImageSet,
     *,
     attention: str | Sequence[str] = "SoftmaxAttention",
-    attention_options: dict[str, Any] | None = None,
+    attention_options: dict[str, Any] | Sequence[dict[str, Any] | None] | None = None,
     steps: int = 600,
     batch: int = 64,
     learning_rate: float = 2e-3,
@@ -86,6 +90,7 @@ def train_image_classifier(
     seed: int = 0,
     network: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
+    model: PreTrainedModel | None = None,
     progress: Progress | None = None,
 ) -> TrainedClassifier:
     """Train one classifier and test it. out: folder that the model is written to; None writes nothing.
@@ -93,23 +98,27 @@ def train_image_classifier(
     network: sizes of `SmallViTConfig` other than its defaults. training: further `TrainingArguments`, such as
     `bf16=True`; with more processes start the caller by `accelerate launch`. AdamW, one cosine after 5 % of warm-up.
     progress: called with steps done, steps, and a word.
+    model: one to go on with, such as `recipes.load_image_classifier` gives; attention and network are not looked at
+    then. Raises ValueError for a model of other images or classes than the data's.
     """
     from transformers import set_seed
 
     channels, height, width = data.size
     set_seed(seed)
-    sizes: dict[str, Any] = {"patch_size": patch_of(height, width), **(network or {})}
-    config = SmallViTConfig(
-        image_size=[height, width],
-        num_channels=channels,
-        id2label=dict(enumerate(data.classes)),
-        label2id={name: index for index, name in enumerate(data.classes)},
-        attention=attention,
-        attention_options=attention_options,
-        **sizes,
-    )
-    model = SmallViT(config)
-    example = torch.zeros(1, *data.size)
+    if model is not None:
+        _check_model(model, data)
+    else:
+        model = SmallViT(
+            SmallViTConfig(
+                image_size=[height, width],
+                num_channels=channels,
+                id2label=dict(enumerate(data.classes)),
+                label2id={name: index for index, name in enumerate(data.classes)},
+                attention=attention,
+                attention_options=attention_options,
+                **{"patch_size": patch_of(height, width), **(network or {})},
+            )
+        )
     trainer = train_with(
         model,
         data.train,
@@ -129,7 +138,7 @@ def train_image_classifier(
         model=model.eval(),
         accuracy=figures["eval_accuracy"],
         parameters=sum(p.numel() for p in model.parameters()),
-        flops=flops(model, (example.to(model.device),)),
+        flops=flops(model, (torch.zeros(1, *data.size, device=model.device),)),
         loss=figures["eval_loss"],
     )
 
@@ -168,18 +177,39 @@ def _accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
 
 
-def _scenes(size: int, train: int, seed: int) -> ImageSet:
+def _check_model(model: PreTrainedModel, data: ImageSet) -> None:
+    config: Any = model.config
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", data.size[0])
+    wanted = data.size[1:] if size is None else (size, size) if isinstance(size, int) else tuple(size)
+    if (channels, *wanted) != data.size:
+        raise ValueError(
+            f"train_image_classifier: the model takes images of {channels} x {wanted[0]} x {wanted[1]}, {data.name} "
+            f"has {' x '.join(map(str, data.size))}"
+        )
+    if config.num_labels != len(data.classes):
+        raise ValueError(
+            f"train_image_classifier: the model has {config.num_labels} classes, {data.name} has {len(data.classes)}"
+        )
+
+
+def _scenes(name: str, size: int, train: int, seed: int, **style: Any) -> ImageSet:
+    scale = (0.25, 0.4) if style else (0.2, 0.35)
+
     def part(count: int, start: int) -> InMemory:
-        made = object_scenes(count, size=size, min_objects=1, max_objects=1, scale=(0.2, 0.35), seed=seed, start=start)
+        made = object_scenes(
+            count, size=size, min_objects=1, max_objects=1, scale=scale, seed=seed, start=start, **style
+        )
         return InMemory(made.image[:, 0], made.shape[:, 0])
 
     sets = part(train, 0), part(max(1, train // 2), train)
-    return ImageSet("scenes", *sets, classes=tuple(SHAPES), size=(3, size, size))
+    return ImageSet(name, *sets, classes=tuple(SHAPES), size=(3, size, size))
 
 
 def _folder(root: Path, size: int) -> ImageSet:
     if not root.is_dir():
-        raise InputError(f"data: {root} is no folder; expected digits, scenes, a folder of pictures, or hub:NAME")
+        raise InputError(
+            f"data: {root} is no folder; expected digits, scenes, shapes, a folder of pictures, or hub:NAME"
+        )
 
     def labelled(part: Path) -> dict[str, list[Path]]:
         return {

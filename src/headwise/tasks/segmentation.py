@@ -1,9 +1,12 @@
-"""How well segments match objects: ARI, foreground ARI, matched IoU and best overlap, on label maps.
+"""How well segments match objects, and how well pixels are classified.
 
-Label maps are whole numbers, 0 the background. The pixels of a clip are taken together, so that an object must keep its
-segment over time. Soft masks: take their arg-max first, at the resolution of the truth.
+Objects: ARI, foreground ARI, matched IoU and best overlap, on label maps of whole numbers, 0 the background. The pixels
+of a clip are taken together, so that an object must keep its segment over time. Soft masks: take their arg-max first,
+at the resolution of the truth. Classes: a table of pixels (`class_table`, which adds up over batches) and what is read
+off it (`class_scores`).
 
-Sources: Hubert and Arabie 1985 for ARI; mIoU and mBO as in Seitzer et al. 2023 (DINOSAUR), averaged over true objects.
+Sources: Hubert and Arabie 1985 for ARI; mIoU and mBO as in Seitzer et al. 2023 (DINOSAUR), averaged over true objects;
+pixel accuracy, mean accuracy and mean IoU over classes as in Long et al. 2015 (FCN).
 """
 
 from dataclasses import dataclass
@@ -14,7 +17,9 @@ from torch import Tensor
 
 from headwise.ops.assignment import match
 
-__all__ = ["Segmentation", "adjusted_rand", "segmentation_scores"]
+__all__ = ["ClassScores", "Segmentation", "adjusted_rand", "class_scores", "class_table", "segmentation_scores"]
+
+IGNORE = 255  # the label of pixels that count for nothing, as in PASCAL VOC and ADE20K
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,64 @@ class Segmentation:
     segments: float
     scored: int
     skipped: int
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """Shares of pixels and overlaps of classes, in [0, 1].
+
+    pixel_accuracy: pixels with the right class. mean_accuracy: mean over classes of the share of its pixels that is
+    right. miou: mean over classes of intersection over union. iou: of each class; nan for one that is neither true nor
+    predicted anywhere, which the means leave out. pixels: how many counted.
+    """
+
+    pixel_accuracy: float
+    mean_accuracy: float
+    miou: float
+    iou: tuple[float, ...]
+    pixels: int
+
+
+def class_table(true: Tensor, predicted: Tensor, classes: int, *, ignore: int = IGNORE) -> Int[Tensor, "c k"]:
+    """How many pixels of each true class (rows) were given each class (columns); tables of batches add up.
+
+    true, predicted: label maps of one shape, 0 to classes - 1. Pixels whose true label is `ignore` are left out.
+    Raises ValueError for maps of different shape, for labels out of range and for such that are no whole numbers.
+    """
+    for name, value in (("true", true), ("predicted", predicted)):
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(f"class_table: {name} is {value.dtype}; expected label maps of whole numbers")
+    if true.shape != predicted.shape:
+        raise ValueError(
+            f"class_table: true is {tuple(true.shape)}, predicted {tuple(predicted.shape)}; sample them to one size"
+        )
+    counted = true != ignore
+    rows, columns = true[counted].long(), predicted[counted].long()
+    for name, value in (("true", rows), ("predicted", columns)):
+        if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < classes:
+            raise ValueError(
+                f"class_table: {name} holds labels from {int(value.min())} to {int(value.max())}; expected 0 to "
+                f"{classes - 1}, or {ignore} for pixels that do not count"
+            )
+    return torch.bincount(rows * classes + columns, minlength=classes**2).view(classes, classes)
+
+
+def class_scores(table: Int[Tensor, "c c"]) -> ClassScores:
+    """What a table of pixels says; nan throughout where no pixel counts.
+
+    >>> class_scores(torch.tensor([[3, 1], [0, 4]])).iou
+    (0.75, 0.8)
+    """
+    counts = table.double()
+    right, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+    iou = right / (true + predicted - right)  # 0 / 0 is nan: a class that is nowhere
+    return ClassScores(
+        pixel_accuracy=float(right.sum() / counts.sum()),
+        mean_accuracy=float((right / true).nanmean()),
+        miou=float(iou.nanmean()),
+        iou=tuple(iou.tolist()),
+        pixels=int(table.sum()),
+    )
 
 
 def adjusted_rand(true: Int[Tensor, " p"], predicted: Int[Tensor, " p"]) -> float:
