@@ -199,7 +199,7 @@ class SceneMagnifier(PreTrainedModel, GenerationMixin):
             self.magnifiers[str(layer)] = _FineProjections(width, shape.kv_heads, shape.value_dim, bias)
         for layer in config.layers:
             modules[layer].register_forward_pre_hook(note_positions, with_kwargs=True)
-        dispatch.use({id(module.config): module.config for module in modules.values()}.values(), NAME)
+        dispatch.use(modules.values(), NAME)
         if decoder is None:
             self.post_init()
         else:
