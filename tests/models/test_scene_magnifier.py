@@ -14,7 +14,7 @@ import headwise
 from headwise.attend.groups import first_token
 from headwise.errors import UnsupportedModel
 from headwise.heads.masses import group_mass
-from headwise.heads.visual_preference import preferred_regions, visual_preference
+from headwise.heads.regions import preferred_regions, visual_preference
 from headwise.hf.inputs import cache_of
 from headwise.models.scene_magnifier import SceneMagnifier, SceneMagnifierConfig
 
