@@ -155,8 +155,8 @@ def _item(
     x1, y1, x2, y2 = box
     if not (x1 <= x2 and y1 <= y2):
         raise InputError(f"screenspot: {where}: the box {list(box)} is none; expected x1 <= x2 and y1 <= y2")
-    if not (0 <= x1 and x2 <= width and 0 <= y1 and y2 <= height):
-        raise InputError(f"screenspot: {where}: the box {list(box)} leaves the picture of {width} x {height} pixels")
+    if x2 < 0 or y2 < 0 or x1 > width or y1 > height:
+        raise InputError(f"screenspot: {where}: the box {list(box)} is outside the picture of {width} x {height} pixels")
     kind = str(_field(record, kind_field, where))
     shares = (x1 / width, y1 / height, x2 / width, y2 / height)
     instruction = record.get("instruction") or record.get("question")
