@@ -175,8 +175,7 @@ def training_batch(screens: GuiScreens, slow: Tensor) -> Batch:
 
 
 def loss(model: Any, batch: Batch) -> Tensor:
-    """Cross-entropy of what counts: the mean over an answer's tokens of each part alike would favour short answers, so
-    every token weighs the same."""
+    """Mean cross-entropy of the tokens that count: tag, stages, point and end, all alike."""
     logits = model(input_ids=batch.ids, pixel_values=batch.pixels).logits[:, :-1]
     counted = batch.counted[:, 1:]
     return nn.functional.cross_entropy(logits[counted], batch.ids[:, 1:][counted])
@@ -373,12 +372,17 @@ def _same_pure(model: nn.Module, screens: GuiScreens, quick: list[Grounding], th
 
 @torch.no_grad()
 def same_from_scratch(model: Any, screens: GuiScreens) -> float:
-    """The share of answers, at theta 0.5, whose tokens are those of transformers' own generation after the tag."""
+    """The share of answers, at theta 0.5, whose tokens are those of transformers' own generation after the tag.
+
+    Answers with a stage that met its limit are left out: generation does not know limits. 0 where none is left.
+    """
     way = decoder(model)
     same = []
     for number in range(len(screens)):
         inputs = screen_inputs(screens[number : number + 1])
         (one,) = way.generate(**inputs)
+        if one.cut:
+            continue
         tag = torch.tensor([[one.tokens[0]]])
         ids = torch.cat([inputs["input_ids"], tag], 1)
         new = model.generate(
@@ -388,8 +392,8 @@ def same_from_scratch(model: Any, screens: GuiScreens) -> float:
             max_new_tokens=max(1, len(one.tokens) - 1),
             do_sample=False,
         )[0, ids.shape[1] - 1 :].tolist()
-        same.append(tuple(new) == one.tokens or bool(one.cut))
-    return sum(same) / len(same)
+        same.append(tuple(new) == one.tokens)
+    return sum(same) / max(1, len(same))
 
 
 def composed(found: Outcomes, slow: Tensor) -> Answers:

@@ -181,7 +181,9 @@ class FastSlowDecoder:
         grid = inputs.get("image_grid_thw")
         if grid is not None:
             patch = unwrap(self.model).config.vision_config.patch_size
-            sizes: list[tuple[float, float] | None] = [(float(w * patch), float(h * patch)) for _, h, w in grid.tolist()]
+            sizes: list[tuple[float, float] | None] = [
+                (float(w * patch), float(h * patch)) for _, h, w in grid.tolist()
+            ]
         else:
             height, width = inputs["pixel_values"].shape[-2:]
             sizes = [(float(width), float(height))] * len(inputs["pixel_values"])
@@ -313,5 +315,7 @@ def _some(name: str, texts: str | Sequence[str], rows: Sequence[int], count: int
     if isinstance(texts, str):
         return [texts] * len(rows)
     if len(texts) != count:
-        raise ValueError(f"FastSlowDecoder: given has {len(texts)} texts of {name!r} for {count} prompts; give one each")
+        raise ValueError(
+            f"FastSlowDecoder: given has {len(texts)} texts of {name!r} for {count} prompts; give one each"
+        )
     return [texts[row] for row in rows]

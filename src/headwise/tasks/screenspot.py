@@ -156,7 +156,9 @@ def _item(
     if not (x1 <= x2 and y1 <= y2):
         raise InputError(f"screenspot: {where}: the box {list(box)} is none; expected x1 <= x2 and y1 <= y2")
     if x2 < 0 or y2 < 0 or x1 > width or y1 > height:
-        raise InputError(f"screenspot: {where}: the box {list(box)} is outside the picture of {width} x {height} pixels")
+        raise InputError(
+            f"screenspot: {where}: the box {list(box)} is outside the picture of {width} x {height} pixels"
+        )
     kind = str(_field(record, kind_field, where))
     shares = (x1 / width, y1 / height, x2 / width, y2 / height)
     instruction = record.get("instruction") or record.get("question")
