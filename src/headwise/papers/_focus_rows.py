@@ -128,8 +128,8 @@ def switching(found: Outcomes, seed: int) -> Measured:
         "slow on " + ", ".join(f"{name} {rate:.3f}" for name, rate in rates.items()) + f" at theta {found.theta:.3f} "
         f"chosen on other screens; accuracy {share(found.adaptive.right):.3f}, {gain:+.3f} ({interval[0]:+.3f} to "
         f"{interval[1]:+.3f}) against a random switch with the same slow rate",
-        f"random switch {share(random_switch(found)):.3f}; a switch by the number of words of the instruction, as often "
-        f"slow, {share(word_switch(found)):.3f}; the better way of each screen {share(oracle):.3f}",
+        f"random switch {share(random_switch(found)):.3f}; a switch by the number of words of the instruction, as "
+        f"often slow, {share(word_switch(found)):.3f}; the better way of each screen {share(oracle):.3f}",
         {f"slow, {name}": rate for name, rate in rates.items()}
         | {"random switch": share(random_switch(found)), "oracle": share(oracle)},
     )
@@ -241,7 +241,8 @@ def dual(found: Outcomes, seed: int) -> Measured:
         parts,
         f"{share(found.adaptive.right):.3f} right with the switch, {share(found.thorough.right):.3f} always in stages, "
         f"{share(found.quick.right):.3f} never; {ratio:.3f} of the tokens of always",
-        f"random switch {share(random_switch(found)):.3f}; a model that learned stages alone {share(found.slow.right):.3f}",
+        f"random switch {share(random_switch(found)):.3f}; a model that learned stages alone "
+        f"{share(found.slow.right):.3f}",
         {"with the switch": share(found.adaptive.right), "always": share(found.thorough.right), "tokens": ratio},
     )
 
@@ -269,18 +270,19 @@ def checks(found: Outcomes) -> dict[str, Measured]:
     whole = torch.equal(built.right, found.adaptive.right) and torch.equal(built.tokens, found.adaptive.tokens)
     return {
         "pure": Measured(
-            measured=f"thresholds 0 and 1 {'give' if found.same_pure else 'do not give'} the tokens of the slow and the "
-            f"fast way; the switched answers {'are' if whole else 'are not'} those of each screen's way",
+            measured=f"thresholds 0 and 1 {'give' if found.same_pure else 'do not give'} the tokens of the slow and "
+            f"the fast way; the switched answers {'are' if whole else 'are not'} those of each screen's way",
             holds=found.same_pure and whole,
         ),
         "cache": Measured(
             measured=f"{found.same_scratch:.1%} of the answers on the shared cache are those of a generation from "
-            f"scratch with the tag forced; the picture was read {found.pictures} time(s) for the decision and both ways",
+            f"scratch with the tag forced; the picture was read {found.pictures} time(s) for the "
+            "decision and both ways",
             holds=found.same_scratch == 1 and found.pictures == 1,
         ),
         "curve": Measured(
-            measured=f"over {len(curve.thresholds)} thresholds the slow rate {'never rises' if falls else 'rises'}; ends "
-            f"agree with the pure systems to {error:.1e}",
+            measured=f"over {len(curve.thresholds)} thresholds the slow rate {'never rises' if falls else 'rises'}; "
+            f"ends agree with the pure systems to {error:.1e}",
             holds=falls and error < 1e-9,
         ),
     }

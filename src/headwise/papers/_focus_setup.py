@@ -36,7 +36,7 @@ class Budget:
     steps: int = 1000
     further: int = 500
     batch: int = 48
-    pool: int = 16384
+    pool: int = 8192
     test: int = 1536
     calibration: int = 1024
     size: int = 256  # screens answered together
@@ -282,7 +282,6 @@ def trained(run: Run, budget: Budget) -> Trained:
     )
 
 
-@torch.no_grad()
 def outcomes(run: Run, budget: Budget = Budget()) -> Outcomes:
     """Train, calibrate on held-out screens, and answer the test screens in every way."""
     models = trained(run, budget)

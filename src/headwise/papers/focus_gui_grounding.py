@@ -71,8 +71,8 @@ PAPER = Paper(
                 "switching based on task complexity,"
             ),
             criterion=(
-                "at the threshold chosen on held-out screens complex screens go slow at least 20 points more often than "
-                "easy ones, and more answers are right than with a random switch of the same slow rate; both 95 % "
+                "at the threshold chosen on held-out screens complex screens go slow at least 20 points more often "
+                "than easy ones, and more answers are right than with a random switch of the same slow rate; both 95 % "
                 "intervals over screens exclude equality"
             ),
             control=(
@@ -103,9 +103,9 @@ PAPER = Paper(
                 "and precise coordinate prediction."
             ),
             criterion=(
-                "at least 0.90 of the points lie in the panel and row that the analysis before them names, and where an "
-                "analysis of another element of the same shape is put in its place at least 0.80 of the points are that "
-                "element's; both 95 % intervals over screens exclude the level"
+                "at least 0.90 of the points lie in the panel and row that the analysis before them names, and where "
+                "an analysis of another element of the same shape is put in its place at least 0.80 of the points are "
+                "that element's; both 95 % intervals over screens exclude the level"
             ),
             control="what chance gives for a panel's row and for a cell",
         ),
@@ -141,14 +141,14 @@ PAPER = Paper(
             id="complex",
             kind="claim",
             claim=(
-                "Focus demonstrates superior performance particularly in complex GUI scenarios, achieving 77.4% average "
-                "accuracy on ScreenSpot and 13.3% on the more challenging ScreenSpot-Pro."
+                "Focus demonstrates superior performance particularly in complex GUI scenarios, achieving 77.4% "
+                "average accuracy on ScreenSpot and 13.3% on the more challenging ScreenSpot-Pro."
             ),
             paper_figure="77.4 % on ScreenSpot, 13.3 % on ScreenSpot-Pro (abstract)",
             criterion=(
-                "the gain over a model that answers at once is above 0 on complex screens and larger there than on easy "
-                "ones; both 95 % intervals over screens exclude 0 (the figures themselves need the 2B model and the "
-                "benchmarks, which are read from a local folder)"
+                "the gain over a model that answers at once is above 0 on complex screens and larger there than on "
+                "easy ones; both 95 % intervals over screens exclude 0 (the figures themselves need the 2B model and "
+                "the benchmarks, which are read from a local folder)"
             ),
             control="each kind of screen, at once and always in stages",
         ),

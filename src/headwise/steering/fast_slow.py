@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -260,7 +259,7 @@ class _Part:
 
 @dataclass
 class _Row:
-    """One answer as it is written. tokens: so far, tag included. texts: ids by part. cut: parts that met their limit."""
+    """One answer as it is written. tokens: so far, tag included. texts: ids by part. cut: parts at their limit."""
 
     tokens: list[int]
     parts: Sequence[_Part]

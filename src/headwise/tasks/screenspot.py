@@ -2,8 +2,8 @@
 
 Formats, as published: ScreenSpot has `screenspot_{mobile,desktop,web}.json` (v2 alike), lists of `img_filename`,
 `instruction`, `bbox` = x, y, width, height in pixels, `data_type` text or icon, `data_source`. ScreenSpot-Pro has
-`annotations/*.json` with `bbox` = x1, y1, x2, y2, `img_size`, `ui_type`, `application`, `group`, and `images/`. Lines of
-JSON (`*.jsonl`) are read alike.
+`annotations/*.json` with `bbox` = x1, y1, x2, y2, `img_size`, `ui_type`, `application`, `group`, and `images/`. Lines
+of JSON (`*.jsonl`) are read alike.
 """
 
 import json
@@ -55,8 +55,8 @@ def read_screenspot(folder: str | Path) -> list[ScreenItem]:
             platform = named[0] if named else PLATFORMS.get(source.lower())
             if platform is None:
                 raise InputError(
-                    f"screenspot: {where}: neither the file's name nor data_source {source!r} says whether it is mobile, "
-                    "desktop or web"
+                    f"screenspot: {where}: neither the file's name nor data_source {source!r} says whether it is "
+                    "mobile, desktop or web"
                 )
             found.append(
                 _item(record, where, image, size, (x, y, x + width, y + height), "data_type", platform, source)
