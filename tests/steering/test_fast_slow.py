@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
+from tests.zoo import EOS, FAMILIES, FIRST_WORD, VOCAB
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from headwise.errors import UnsupportedModel
 from headwise.hf.continued import read_prompt
 from headwise.steering import FastSlowDecoder, GroundingStage
-from tests.zoo import EOS, FAMILIES, FIRST_WORD, VOCAB
 
 FAST, SLOW, END = 30, 31, 20
 STAGES = (GroundingStage("summary", "w20", 5), GroundingStage("analysis", "w20", 3, opening="w21 w22"))
@@ -212,7 +212,7 @@ def test_bad_options_are_refused(family, model):
         FastSlowDecoder(model, text, "<quick>", "<slow>")
     with pytest.raises(ValueError, match="both '<slow>'; they must differ"):
         FastSlowDecoder(model, text, "<slow>", "<slow>", stages=STAGES)
-    with pytest.raises(ValueError, match="threshold is 1.5; it is a probability"):
+    with pytest.raises(ValueError, match=r"threshold is 1\.5; it is a probability"):
         decoder(model, 1.5)
     with pytest.raises(ValueError, match="each name once"):
         FastSlowDecoder(model, text, stages=(STAGES[0], STAGES[0]))
@@ -232,7 +232,7 @@ def test_prompts_without_a_picture_or_padded_on_the_right_are_refused(family, mo
     with pytest.raises(ValueError, match="give a picture"):
         decoder(model).generate(input_ids=blind)
     right = prompts(family, model, padding="right")
-    with pytest.raises(ValueError, match="4 of 4 prompts end in padding; .* pad on the left"):
+    with pytest.raises(ValueError, match=r"4 of 4 prompts end in padding; .* pad on the left"):
         decoder(model).generate(**right)
     assert decoder(model).generate(**inputs)
 
