@@ -103,7 +103,7 @@ def test_each_part_of_efficiency_can_fail(found):
     weak = replace(found, adaptive=replace(found.adaptive, right=found.fast.right))
     assert not rows.efficiency(weak, 0).holds
     worse = replace(found, slow=replace(found.slow, right=torch.ones_like(found.went_slow)))
-    assert verdict_of(rows.efficiency(worse, 0)) == "not reproduced"
+    assert not rows.efficiency(worse, 0).holds
 
 
 def test_the_second_reading_of_a_picture_is_seen(found):
@@ -120,7 +120,7 @@ def test_a_random_switch_is_what_coins_give_on_average(found):
 def test_a_switch_by_words_takes_the_longest_first_and_as_many(found):
     words = rows.word_switch(found)  # here words are kinds, as the made-up tag has it
     assert float(words.mean()) == pytest.approx(float(found.adaptive.right.double().mean()))
-    few = setup.with_theta(found, 0.45)
+    few = setup.with_theta(found, 0.47)
     left = int(few.went_slow.sum())
     assert 0 < left < int(found.went_slow.sum())
     chance = left / int((few.words == 2).sum())
@@ -165,7 +165,7 @@ def test_the_region_is_that_of_the_analysis():
     assert not setup.in_region(answer((0.625, 0.625), "red bottomright dark lower pink star"))
     assert not setup.in_region(answer((0.125, 0.875), "red bottomright dark lower pink star"))
     assert not setup.in_region(answer(None, "red bottomright dark lower")) and not setup.in_region(
-        answer((0, 0), "red")
+        answer((0.0, 0.0), "red")
     )
 
 

@@ -18,7 +18,7 @@ STAGES = (GroundingStage("summary", "w20", 5), GroundingStage("analysis", "w20",
 
 def words(numbers: tuple[int, ...] = (100, 250, 375, 500, 875, 1000)) -> PreTrainedTokenizerFast:
     """Tags, words, and from 40 on numbers: a random model then writes points at times."""
-    table = {f"w{n}": n for n in range(VOCAB)} | {"<unk>": VOCAB + 1}
+    table = {f"w{n}": n for n in range(VOCAB)} | {"<unk>": VOCAB}
     del table[f"w{FAST}"], table[f"w{SLOW}"], table[f"w{EOS}"]
     table |= {"<fast>": FAST, "<slow>": SLOW, "<end>": EOS}
     for place, number in enumerate(numbers):
@@ -27,9 +27,7 @@ def words(numbers: tuple[int, ...] = (100, 250, 375, 500, 875, 1000)) -> PreTrai
             table[str(number + n - 40 - place)] = n
     made = Tokenizer(models.WordLevel(table, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="<unk>", additional_special_tokens=["<fast>", "<slow>"], eos_token="<end>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="<end>")
 
 
 @pytest.fixture(scope="module", params=["llava", "qwen2-vl"])
@@ -84,13 +82,16 @@ def from_scratch(model, inputs: dict[str, torch.Tensor], mode: str) -> list[int]
     for limit, opening in stages:
         said += opening
         for _ in range(limit):
-            said.append(best())
+            token = best()
+            said.append(END if token == EOS else token)
             if said[-1] == END:
                 break
         else:
             said.append(END)
     for _ in range(4):
         said.append(best())
+        if said[-1] == EOS:
+            break
     return said
 
 
@@ -102,12 +103,12 @@ def test_each_row_is_what_a_loop_without_a_cache_writes(family, model):
         assert list(fast[row].tokens) == from_scratch(model, alone, "fast")
         assert list(slow[row].tokens) == from_scratch(model, alone, "slow")
         assert [fast[row].mode, slow[row].mode] == ["fast", "slow"]
-        assert fast[row].tokens_used == 5 and slow[row].tokens_used == len(slow[row].tokens)
+        assert fast[row].tokens_used == len(fast[row].tokens) <= 5 and slow[row].tokens_used == len(slow[row].tokens)
 
 
 def test_a_batch_is_its_rows_alone(family, model):
     inputs = prompts(family, model)
-    theta = float(decoder(model).p_slow(decoder(model).read(**inputs)).median())
+    theta = float(decoder(model).p_slow(decoder(model).read(**inputs)).sort().values[1:3].mean())
     together = decoder(model, theta).generate(**inputs)
     assert {one.mode for one in together} == {"fast", "slow"}
     for row, found in enumerate(together):
@@ -166,14 +167,14 @@ def test_a_prompt_can_be_continued_again_and_is_not_disturbed_by_another(family,
 
 
 def test_a_stage_that_meets_its_limit_is_cut_and_the_next_begins(family, model):
-    for one in decoder(model, 0.0).generate(**prompts(family, model)):
-        text = words()
-        for stage in STAGES:
-            count = len(text(one.stage_texts[stage.name], add_special_tokens=False)["input_ids"])
-            assert count <= stage.limit and (count == stage.limit) >= (stage.name in one.cut)
-        assert one.tokens.count(END) == 2 and len(one.tokens) <= 1 + 6 + 2 + 4 + 4
-    way = decoder(model, 0.0)
-    assert any(one.cut for one in way.generate(**prompts(family, model)))
+    found = decoder(model, 0.0).generate(**prompts(family, model))
+    for one in found:
+        summary = one.tokens[1 : one.tokens.index(END)]
+        after = one.tokens[one.tokens.index(END) + 1 :]
+        assert len(summary) <= 5 and ("summary" not in one.cut or len(summary) == 5)
+        assert after[:2] == (21, 22) and END in after[2 : 2 + 3 + 1]
+        assert len(one.tokens) <= 1 + 6 + 2 + 4 + 4
+    assert any("summary" in one.cut for one in found)
 
 
 def test_given_stages_are_written_and_the_rest_follows_from_them(family, model):
@@ -231,8 +232,10 @@ def test_prompts_without_a_picture_or_padded_on_the_right_are_refused(family, mo
     blind = torch.full((2, 6), FIRST_WORD)
     with pytest.raises(ValueError, match="give a picture"):
         decoder(model).generate(input_ids=blind)
-    right = prompts(family, model, padding="right")
-    with pytest.raises(ValueError, match=r"4 of 4 prompts end in padding; .* pad on the left"):
+    right = prompts(family, model, padding=None)
+    right["attention_mask"] = torch.ones_like(right["input_ids"])
+    right["attention_mask"][1, -2:] = 0
+    with pytest.raises(ValueError, match=r"1 of 4 prompts end in padding; .* pad on the left"):
         decoder(model).generate(**right)
     assert decoder(model).generate(**inputs)
 

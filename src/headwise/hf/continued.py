@@ -68,7 +68,7 @@ def read_prompt(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> ReadPro
     ids = given.get("input_ids")
     if not isinstance(ids, Tensor) or not ids.numel():
         raise ValueError("read_prompt: inputs has no input_ids; give the tokens of the prompt")
-    mask = given.setdefault("attention_mask", torch.ones_like(ids))
+    mask = given["attention_mask"] = given.get("attention_mask", torch.ones_like(ids)).long()
     if not bool(mask[:, -1].all()):
         raise ValueError(
             f"read_prompt: {int((mask[:, -1] == 0).sum())} of {len(ids)} prompts end in padding; what follows must "

@@ -127,7 +127,6 @@ def tokenizer() -> Any:
         pad_token="<pad>",
         unk_token="<unk>",
         padding_side="left",
-        additional_special_tokens=["<fast>", "<slow>", "<image>"],
     )
 
 
@@ -403,7 +402,7 @@ def composed(found: Outcomes, slow: Tensor) -> Answers:
     )
 
 
-def with_theta(found: Outcomes, theta: float) -> Outcomes:
+def with_theta(found: Outcomes, theta: float | int) -> Outcomes:
     """The same outcomes, switched at another threshold."""
     slow = (found.p_slow > theta) | (theta <= 0)
     return replace(found, theta=theta, went_slow=slow, adaptive=composed(found, slow))

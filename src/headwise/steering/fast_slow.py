@@ -77,7 +77,7 @@ class FastSlowDecoder:
         fast_tag: str = "<fast>",
         slow_tag: str = "<slow>",
         stages: Sequence[str | GroundingStage] = ("summary", "analysis"),
-        threshold: float = 0.5,
+        threshold: float | int = 0.5,
         *,
         point_tokens: int = 16,
         among: Literal["vocabulary", "tags"] = "vocabulary",

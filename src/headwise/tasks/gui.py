@@ -28,10 +28,12 @@ __all__ = [
 Point = tuple[float, float]
 """(x, y) as shares of the sides."""
 
+Pair = tuple[float | int, float | int]  # width and height
+Boxes = Float[Tensor, "n 4"] | Sequence[Sequence[float | int]]
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?![\w])")
 
 
-def read_point(text: str, size: tuple[float, float] | None = None) -> Point | None:
+def read_point(text: str, size: Pair | None = None) -> Point | None:
     """The point that a text names: two numbers, or the middle of a box where there are four; None where it is neither.
 
     size: width and height of the picture that the model saw, where it writes pixels; None where it writes thousandths.
@@ -63,10 +65,10 @@ class ClickAccuracy:
 
 def click_accuracy(
     points: Sequence[Point | None],
-    boxes: Float[Tensor, "n 4"] | Sequence[Sequence[float]],
+    boxes: Boxes,
     *,
     groups: Sequence[str] | None = None,
-    sizes: Sequence[tuple[float, float]] | None = None,
+    sizes: Sequence[Pair] | None = None,
 ) -> ClickAccuracy:
     """How many points lie in their boxes, edges included.
 
@@ -109,7 +111,7 @@ def click_accuracy(
 
 def label_modes(
     points: Sequence[Point | None],
-    boxes: Float[Tensor, "n 4"] | Sequence[Sequence[float]],
+    boxes: Boxes,
     *,
     trained_on: Bool[Tensor, " n"] | None = None,
 ) -> Bool[Tensor, " n"]:
@@ -128,7 +130,7 @@ def label_modes(
 
 def cross_label_modes(
     fit: Callable[[Int[Tensor, " m"]], Callable[[Int[Tensor, " k"]], Sequence[Point | None]]],
-    boxes: Float[Tensor, "n 4"] | Sequence[Sequence[float]],
+    boxes: Boxes,
     *,
     folds: int = 2,
     seed: int = 0,
@@ -208,7 +210,7 @@ def calibrate_threshold(
     p_slow: Float[Tensor, " n"],
     correct_fast: Bool[Tensor, " n"],
     correct_slow: Bool[Tensor, " n"],
-    cost: float = 0.0,
+    cost: float | int = 0.0,
 ) -> float:
     """The threshold with the largest accuracy - cost * slow rate. Give held-out samples: the tag is not calibrated.
 

@@ -137,10 +137,10 @@ def cell_boxes(cells: Int[Tensor, " n"]) -> Float[Tensor, "n 4"]:
 def gui_screens(
     n: int,
     *,
-    mix: Sequence[float] = (0.5, 0.25, 0.25),
+    mix: Sequence[float | int] = (0.5, 0.25, 0.25),
     frame: str = "title",
-    noise: float = 0.05,
-    empty: float = 0.25,
+    noise: float | int = 0.05,
+    empty: float | int = 0.25,
     seed: int | None = None,
     generator: torch.Generator | None = None,
 ) -> GuiScreens:
@@ -167,7 +167,7 @@ def gui_screens(
     if generator is None:
         generator = torch.Generator().manual_seed(int(seed or 0))
 
-    def choice(weights: Sequence[float]) -> Tensor:
+    def choice(weights: Sequence[float | int]) -> Tensor:
         return torch.multinomial(torch.tensor(weights, dtype=torch.float), n, replacement=True, generator=generator)
 
     def integers(high: int, *shape: int) -> Tensor:
