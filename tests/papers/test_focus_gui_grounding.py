@@ -13,7 +13,7 @@ from headwise.papers.record import find_paper
 from headwise.papers.running import Run, _checked_rows
 from headwise.papers.verdicts import verdict_of
 from headwise.steering import Grounding
-from headwise.tasks.gui_screens import gui_screens
+from headwise.tasks.interfaces import gui_screens
 
 RECORD = find_paper("focus-gui-grounding")
 TINY = setup.Budget(steps=4, further=2, batch=8, pool=24, test=24, calibration=24, size=16)

@@ -10,7 +10,7 @@ from headwise.papers._focus_setup import Outcomes, composed
 from headwise.papers.statistics import paired_bootstrap_interval
 from headwise.papers.verdicts import Measured
 from headwise.tasks.gui import SwitchCurve, switch_curve
-from headwise.tasks.gui_screens import GUI_KINDS
+from headwise.tasks.interfaces import GUI_KINDS
 
 Interval = tuple[float, float]
 Part = tuple[float, Interval]  # a margin and its interval

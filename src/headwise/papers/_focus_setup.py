@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from headwise.papers.running import Run
 from headwise.steering.fast_slow import FastSlowDecoder, Given, Grounding, GroundingStage
 from headwise.tasks.gui import calibrate_threshold, click_accuracy, label_modes
-from headwise.tasks.gui_screens import GUI_WORDS, SIDE, GuiScreens, cell_boxes, gui_screens
+from headwise.tasks.interfaces import GUI_WORDS, SIDE, GuiScreens, cell_boxes, gui_screens
 from headwise.training import OptimiserSpec, fit, warmup_cosine
 
 WORDS = ("<bos>", "<pad>", "<unk>", "<image>", "<eos>", "<fast>", "<slow>", ":", ";", *GUI_WORDS)

@@ -1,6 +1,6 @@
 """Finding a user interface element by a fast answer or a slow, staged one.
 
-Method: headwise/steering/fast_slow.py; screens, readers and metrics: headwise/tasks/gui*.py, screenspot.py.
+Method: headwise/steering/fast_slow.py; screens, readers and metrics: headwise/tasks/interfaces.py, screenspot.py, gui.py.
 """
 
 from headwise.papers import _focus_rows as rows_of
@@ -9,7 +9,7 @@ from headwise.papers.record import Claim, Paper
 from headwise.papers.running import Run
 from headwise.papers.verdicts import Measured
 from headwise.report.plots import bars, figure, lines
-from headwise.tasks.gui_screens import GUI_KINDS
+from headwise.tasks.interfaces import GUI_KINDS
 
 PAPER = Paper(
     slug="focus-gui-grounding",
@@ -23,7 +23,7 @@ PAPER = Paper(
         "headwise.steering.fast_slow",
         "headwise.hf.continued",
         "headwise.tasks.gui",
-        "headwise.tasks.gui_screens",
+        "headwise.tasks.interfaces",
         "headwise.tasks.screenspot",
         "headwise.papers._focus_rows",
         "headwise.papers._focus_setup",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from headwise.tasks.gui import click_accuracy, read_point
-from headwise.tasks.gui_screens import GUI_WORDS, ICONS, PANEL_COLOURS, GuiScreens, gui_screens, panel_of, row_of
+from headwise.tasks.interfaces import GUI_WORDS, ICONS, PANEL_COLOURS, GuiScreens, gui_screens, panel_of, row_of
 
 
 @pytest.fixture(scope="module")
