@@ -35,7 +35,7 @@ class Budget:
 
     steps: int = 1000
     further: int = 500
-    batch: int = 48
+    batch: int = 32
     pool: int = 8192
     test: int = 1536
     calibration: int = 1024

@@ -1,6 +1,6 @@
 """Finding a user interface element by a fast answer or a slow, staged one.
 
-Method: headwise/steering/fast_slow.py; screens, readers and metrics: headwise/tasks/interfaces.py, screenspot.py, gui.py.
+Method: headwise/steering/fast_slow.py; screens, readers, metrics: headwise/tasks/{interfaces,screenspot,gui}.py.
 """
 
 from headwise.papers import _focus_rows as rows_of
