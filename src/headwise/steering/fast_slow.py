@@ -80,8 +80,8 @@ class FastSlowDecoder:
         threshold: float | int = 0.5,
         *,
         point_tokens: int = 16,
-        among: Literal["vocabulary", "tags"] = "vocabulary",
-        coordinates: Literal["thousandths", "pixels"] = "thousandths",
+        among: str = "vocabulary",
+        coordinates: str = "thousandths",
     ) -> None:
         if not isinstance(model, nn.Module):
             loaded = load(model)

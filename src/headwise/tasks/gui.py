@@ -167,8 +167,8 @@ class SwitchCurve:
 
 def switch_curve(
     p_slow: Float[Tensor, " n"],
-    correct_fast: Bool[Tensor, " n"],
-    correct_slow: Bool[Tensor, " n"],
+    correct_fast: Bool[Tensor, " _"],
+    correct_slow: Bool[Tensor, " _"],
     *,
     cost_fast: Float[Tensor, " n"] | float = 0.0,
     cost_slow: Float[Tensor, " n"] | float = 1.0,
@@ -208,8 +208,8 @@ def switch_curve(
 
 def calibrate_threshold(
     p_slow: Float[Tensor, " n"],
-    correct_fast: Bool[Tensor, " n"],
-    correct_slow: Bool[Tensor, " n"],
+    correct_fast: Bool[Tensor, " _"],
+    correct_slow: Bool[Tensor, " _"],
     cost: float | int = 0.0,
 ) -> float:
     """The threshold with the largest accuracy - cost * slow rate. Give held-out samples: the tag is not calibrated.
