@@ -59,6 +59,12 @@ def made_up(n: int = 400, *, seed: int = 0) -> Outcomes:
     return setup.with_theta(found, 0.3)
 
 
+@pytest.fixture(autouse=True)
+def fewer_draws(monkeypatch):
+    """Intervals from few resamples: verdicts here are far from their edges."""
+    monkeypatch.setattr(rows, "DRAWS", 200)
+
+
 @pytest.fixture(scope="module")
 def found() -> Outcomes:
     return made_up()
