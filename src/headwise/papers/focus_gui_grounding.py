@@ -188,7 +188,6 @@ PAPER = Paper(
             criterion="the slow rate never rises with the threshold; the ends are the pure systems to 1e-9",
         ),
     ),
-    missing="a recorded run",
 )
 
 

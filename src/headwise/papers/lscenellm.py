@@ -30,7 +30,6 @@ PAPER = Paper(
         "headwise.papers._lscene_setup",
         "headwise.papers._lscene_rows",
     ),
-    missing="a recorded run",
     claims=(
         Claim(
             id="prior",
