@@ -10,12 +10,12 @@ from tests.contracts.discovery import edit_arguments, exported
 from tests.contracts.models_under_test import HEAD_DIM, left_padded, text, tiny_llama
 from torch import Tensor
 
-from headwise.attend.edit import Edit, GroupEdit, InputEdit, OutputEdit, RowEdit
+from headwise.attend.edit import ColumnEdit, Edit, GroupEdit, InputEdit, OutputEdit, RowEdit
 from headwise.attend.read import Probe, Reading
 from headwise.hf.inputs import cache_of, with_cache
 from headwise.hf.session import attach, probe, steer
 
-ABSTRACT = (Edit, GroupEdit, InputEdit, OutputEdit, RowEdit)
+ABSTRACT = (ColumnEdit, Edit, GroupEdit, InputEdit, OutputEdit, RowEdit)
 EDITS = [cls for area in ("attend", "steering") for cls in exported(area, Edit, abstract=ABSTRACT)]
 NAMED = ["0.1", "1.2"]
 STRONG, ATOL = 0.4, 2e-5

@@ -79,7 +79,7 @@ def test_the_choice_is_made_layer_by_layer_in_one_forward(model, inputs, alpha):
     edit = VisionAwareHeadReinforcement(alpha)
     found = logits(model, inputs, edit)
     scale = naive_choice(model, inputs, (1, 2, 3), alpha)
-    assert picked(edit) is not None and torch.equal(picked(edit), scale != 1)
+    assert edit.chosen is not None and torch.equal(picked(edit), scale != 1)
     torch.testing.assert_close(found, logits(model, inputs, ScaleHeads(scale=scale)), atol=1e-5, rtol=1e-4)
     at_once = vision_divergence(model, inputs).chosen()
     assert not torch.equal(picked(edit)[:, 2:], at_once[:, 2:]), "later layers see that earlier ones are reinforced"
@@ -182,7 +182,7 @@ def test_text_before_the_picture_in_a_part_of_its_own_waits_for_it(model, inputs
     edit = VisionAwareHeadReinforcement(2.0)
     with torch.no_grad(), steer(model, edit):
         first = model(input_ids=ids[:, :1], use_cache=True)
-        assert picked(edit) is None
+        assert edit.chosen is None
         model(input_ids=ids[:, 1:], pixel_values=pixels, **with_cache(model, cache_of(first)))
     one = VisionAwareHeadReinforcement(2.0)
     logits(model, {"input_ids": ids, "pixel_values": pixels}, one)
@@ -205,7 +205,7 @@ def test_beams_share_the_heads_of_their_sequence(model, inputs):
 def test_a_prompt_without_a_picture_is_untouched_also_beside_one_with(model, inputs):
     text = vision_language_inputs(None, ["describe : ring ,", "describe :"])
     edit = VisionAwareHeadReinforcement(2.0)
-    assert torch.equal(logits(model, text, edit), logits(model, text)) and picked(edit) is None
+    assert torch.equal(logits(model, text, edit), logits(model, text)) and edit.chosen is None
     scenes = shapes_captions(1, seed=1)
     mixed = vision_language_inputs(scenes, "describe :")
     other = torch.nn.functional.pad(torch.tensor([[0, 5, 6]]), (16, 0), value=1)
