@@ -47,18 +47,19 @@ def one_softmax(q, k, v, k_fine, v_fine, select, mask=None, causal=False, scale=
 @pytest.mark.parametrize("implementation", ["masked", "gather"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_merge_of_two_calls_is_one_softmax(implementation: Any, causal: bool):
-    given = inputs()
+    given: Any = inputs()
     mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
     mask[0, ..., :2] = False  # padding on the left: causal rows 0 and 1 see no ordinary key
     expected = one_softmax(*given, mask=mask, causal=causal, scale=0.3)
-    out = magnified_attention(*given, mask, causal=causal, scale=0.3, implementation=implementation)
+    out = magnified_attention(*given, attention_mask=mask, causal=causal, scale=0.3, implementation=implementation)
     torch.testing.assert_close(out, expected)
 
 
 def test_float32_agrees_with_float64_at_large_scores():
     q, k, v, k_fine, v_fine, select = inputs(t=17, s=31, n=12)
     exact = one_softmax(8 * q, k, v, k_fine, v_fine, select)
-    low = magnified_attention(*(x.float() for x in (8 * q, k, v, k_fine, v_fine)), select)
+    single: Any = [x.float() for x in (8 * q, k, v, k_fine, v_fine)]
+    low = magnified_attention(*single, select=select)
     torch.testing.assert_close(low, exact.float(), atol=1e-5, rtol=1e-5)
 
 
@@ -98,7 +99,7 @@ def test_gradients_reach_everything_and_are_right(implementation: Any):
     tensors = [x.clone().requires_grad_() for x in (q, k, v, k_fine, v_fine)]
 
     def of(*x: Any):
-        return magnified_attention(*x, select, implementation=implementation)
+        return magnified_attention(x[0], x[1], x[2], x[3], x[4], select, implementation=implementation)
 
     assert torch.autograd.gradcheck(of, tensors)
 
@@ -187,7 +188,8 @@ def test_the_module_is_the_function_and_alone_it_is_attention():
     q, k, v = layer.qkv(x).split([16, 8, 8], -1)
     heads = [y.view(2, -1, n, 4).transpose(1, 2) for y, n in ((q, 4), (k, 2), (v, 2))]
     fines = [y.view(2, -1, 2, 4).transpose(1, 2) for y in (layer.k_fine(fine), layer.v_fine(fine))]
-    expected = layer.proj(one_softmax(*heads, *fines, select, causal=True).transpose(1, 2).reshape(2, 5, 16))
+    parts: Any = [*heads, *fines]
+    expected = layer.proj(one_softmax(*parts, select=select, causal=True).transpose(1, 2).reshape(2, 5, 16))
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     out.square().sum().backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in layer.parameters())

@@ -37,7 +37,7 @@ def sharpen(model: Any) -> Any:
     return model
 
 
-def magnifier(seed: int = 0, text: Any = None, **options: Any) -> SceneMagnifier:
+def magnifier(seed: int = 0, text: Any = None, **options: Any) -> Any:
     torch.manual_seed(seed)
     settings: dict[str, Any] = {"scene_dim": 8, "scene_token_id": SCENE, "start_layer": 1, **options}
     return sharpen(SceneMagnifier(SceneMagnifierConfig(llama() if text is None else text, **settings)).eval())
@@ -325,7 +325,7 @@ def test_it_goes_into_a_model_that_is_there():
     own = sharpen(AutoModelForCausalLM.from_config(llama()).eval())
     ids = torch.randint(2, 40, (2, 9))
     before, names = own(ids).logits, set(own.state_dict())
-    model = SceneMagnifier.from_decoder(own, scene_dim=8, scene_token_id=SCENE, start_layer=1).eval()
+    model: Any = SceneMagnifier.from_decoder(own, scene_dim=8, scene_token_id=SCENE, start_layer=1).eval()
     assert model.decoder is own and set(own.state_dict()) == names
     assert torch.equal(own(ids).logits, before) and torch.equal(model(ids).logits, before)
     assert torch.equal(model.magnifiers["2"].k_fine.weight, own.model.layers[2].self_attn.k_proj.weight)

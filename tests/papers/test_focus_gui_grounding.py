@@ -181,7 +181,7 @@ def test_training_positions_are_those_of_decoding():
     model, screens = setup.build().eval(), gui_screens(6, seed=0)
     batch = setup.training_batch(screens, torch.zeros(6))
     with torch.no_grad():
-        logits = model(input_ids=batch.ids, pixel_values=batch.pixels).logits  # pyright: ignore[reportCallIssue]
+        logits = model(input_ids=batch.ids, pixel_values=batch.pixels).logits
     way = setup.decoder(model)
     prompt = way.read(**setup.screen_inputs(screens))
     last = batch.counted.int().argmax(1) - 1

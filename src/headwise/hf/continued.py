@@ -78,7 +78,7 @@ def read_prompt(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> ReadPro
     if not turning and takes(unwrap(model), "position_ids"):
         given.setdefault("position_ids", (mask.cumsum(1) - 1).clamp_min(0))
     for part in turning:
-        part.rope_deltas = None  # of an earlier prompt
+        setattr(part, "rope_deltas", None)  # of an earlier prompt  # noqa: B010
     output = model(**given, **_last_logits(model), use_cache=True)
     shift = next((part.rope_deltas for part in turning if isinstance(part.rope_deltas, Tensor)), None)
     if shift is None and turning:

@@ -20,7 +20,7 @@ it selects. The official code leaves `centers` out where there are fine tokens; 
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class SceneMagnifierConfig(PreTrainedConfig):
     """
 
     model_type = "headwise-scene-magnifier"
-    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012, as transformers declares it
+    sub_configs: Any = {"text_config": AutoConfig}  # noqa: RUF012, as transformers declares it
 
     def __init__(
         self,
@@ -185,7 +185,9 @@ class SceneMagnifier(PreTrainedModel, GenerationMixin):
                 f"SceneMagnifier: {dispatch.previous_name(other.config)} stands in for the decoder's attention; "
                 "magnify a decoder with its own"
             )
-        width, self.choose, self.step_ratio = config.hidden_size, None, 1.0
+        width = config.hidden_size
+        self.choose: Callable[[int, Tensor], Tensor] | None = None
+        self.step_ratio = 1.0
         if config.projector == "mlp":
             steps = [nn.Linear(config.scene_dim, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
             self.project = nn.Sequential(*steps, nn.Linear(width, width))
@@ -405,7 +407,8 @@ class SceneMagnifier(PreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """A scene is read once; the tokens after it find it in the cache."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        mixin: Any = super()  # whose methods transformers' types do not know
+        inputs = mixin.prepare_inputs_for_generation(input_ids, *args, **kwargs)
         cache = next((inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None), None)
         if cache is not None and not kwargs.get("is_first_iteration", False) and cache.get_seq_length() > 0:
             for name in ("coarse", "fine", "parent", "centers", "fine_centers", "scene", "question_mask"):

@@ -138,7 +138,7 @@ def prompts(screens: GuiScreens) -> list[list[int]]:
     return [[BOS, *[IMAGE] * IMAGE_TOKENS, *ids_of(text), ID[":"]] for text in screens.instructions()]
 
 
-def screen_inputs(screens: GuiScreens) -> dict[str, Tensor]:
+def screen_inputs(screens: GuiScreens) -> dict[str, Any]:
     """Prompts for the decoder, padded on the left."""
     rows = prompts(screens)
     longest = max(map(len, rows))

@@ -155,7 +155,8 @@ class FastSlowDecoder:
         slow = (p > self.threshold) | (self.threshold <= 0)  # a p that underflows to 0 is slow at 0, too
         sizes = self._sizes(inputs)
         answers: dict[int, Grounding] = {}
-        for mode, chosen in (("fast", ~slow), ("slow", slow)):
+        choices: tuple[tuple[Mode, Tensor], ...] = (("fast", ~slow), ("slow", slow))
+        for mode, chosen in choices:
             rows = chosen.nonzero()[:, 0].tolist()
             if rows:
                 part = prompt if len(rows) == len(prompt) else prompt.select(rows)
@@ -216,7 +217,7 @@ class FastSlowDecoder:
             if len(left) < len(active):
                 prompt, active = prompt.select(left), [active[place] for place in left]
             prompt = prompt.extend(prompt.mask.new_tensor([[row.tokens[-1]] for row in active]))
-        return [self._answer(row, mode, *rest) for row, *rest in zip(rows, p_slow, sizes, strict=True)]
+        return [self._answer(row, mode, p, size) for row, p, size in zip(rows, p_slow, sizes, strict=True)]
 
     def _row(self, mode: Mode, given: Mapping[str, str]) -> "_Row":
         point = _Part(None, self.point_tokens)

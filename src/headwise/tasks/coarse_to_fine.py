@@ -88,7 +88,7 @@ def coarse_to_fine_scene(
         )
     if (seed is None) == (generator is None):
         raise ValueError("coarse_to_fine_scene: give either a seed or a generator")
-    draw = torch.Generator().manual_seed(seed or 0) if generator is None else generator  # type: ignore[arg-type]
+    draw = torch.Generator().manual_seed(seed or 0) if generator is None else generator
     colour = torch.rand(n, COLOURS, generator=draw).argsort(-1)[:, :regions]
     kind = torch.randint(KINDS, (n, regions), generator=draw)
     digit = torch.randint(DIGITS, (n, regions), generator=draw)
