@@ -106,4 +106,4 @@ def benchmark() -> Benchmark:
             Variant("contrastive decoding", lambda: contrast),
         ]
 
-    return Benchmark("vision-heads", {"read 617": reading, f"write {WRITTEN}": writing}, check)
+    return Benchmark("vision_heads", {"read 617": reading, f"write {WRITTEN}": writing}, check)

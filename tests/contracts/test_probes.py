@@ -9,9 +9,16 @@ from tests.contracts.models_under_test import HEADS, LAYERS, left_padded, text, 
 
 from headwise.attend.read import Probe
 from headwise.heads.prompt_probe import PromptProbe
+from headwise.heads.vision_tokens import VisionTokenScores
 from headwise.hf.session import probe
 
-PROBES = [cls for area in ("attend", "heads") for cls in exported(area, Probe) if getattr(cls, "kind", "") == "text"]
+OF_EDITS = (VisionTokenScores,)  # read a vision tower for an edit, which makes them
+PROBES = [
+    cls
+    for area in ("attend", "heads")
+    for cls in exported(area, Probe, abstract=OF_EDITS)
+    if getattr(cls, "kind", "") == "text"
+]
 PROMPTS = exported("heads", PromptProbe)
 
 

@@ -12,7 +12,7 @@ written for as many key heads as heads; grouped keys and other head sizes are co
 Paper: headwise/papers/saisa.py (Yuan et al., 2025), whose 66 % is at 64 text tokens or so.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = ["PrefillParts", "prefill_flops", "prefill_parts", "training_flops", "vision_flops"]
 
@@ -97,9 +97,7 @@ def vision_flops(config: Any) -> int:
     return vision.num_hidden_layers * layer + 2 * patches * 3 * vision.patch_size**2 * d
 
 
-def training_flops(
-    config: Any, text: int, image: int, stage: Literal["projectors", "all"], *, vision: bool = True
-) -> int:
+def training_flops(config: Any, text: int, image: int, stage: str, *, vision: bool = True) -> int:
     """Operations of a forward and a backward pass of one sample, output head included.
 
     stage: "projectors" trains them alone, "all" the language model as well; the vision tower, of CLIP's form, is never
