@@ -21,7 +21,7 @@ it selects. The official code leaves `centers` out where there are fine tokens; 
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -62,7 +62,7 @@ class SceneMagnifierConfig(PreTrainedConfig):
     """
 
     model_type = "headwise-scene-magnifier"
-    sub_configs: Any = {"text_config": AutoConfig}  # noqa: RUF012, as transformers declares it
+    sub_configs: ClassVar[Any] = {"text_config": AutoConfig}  # as transformers declares it
 
     def __init__(
         self,
