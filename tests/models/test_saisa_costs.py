@@ -63,8 +63,8 @@ def test_training_is_what_is_counted(alignment: str, stage: str):
     labels = given["input_ids"].masked_fill(given["input_ids"] == 1, -100)
     with FlopCounterMode(display=False) as counter:
         model(**given, labels=labels, use_cache=False).loss.backward()
-    assert counter.get_total_flops() == training_flops(model.config, 10, 16, stage)  # type: ignore[arg-type]
-    alone = training_flops(model.config, 10, 16, stage, vision=False)  # type: ignore[arg-type]
+    assert counter.get_total_flops() == training_flops(model.config, 10, 16, stage)
+    alone = training_flops(model.config, 10, 16, stage, vision=False)
     assert counter.get_total_flops() - alone == vision_flops(model.config)
 
 
@@ -87,5 +87,5 @@ def test_refusals():
     with pytest.raises(ValueError, match="0 text and 16 image tokens; expected 1 or more"):
         prefill_flops(config, 0, 16)
     with pytest.raises(ValueError, match="stage is 'both'; choose 'projectors' or 'all'"):
-        training_flops(config, 4, 16, "both")  # type: ignore[arg-type]
+        training_flops(config, 4, 16, "both")
     assert prefill_flops(config, 4, 0) == prefill_flops(SaisaConfig.example("naavit"), 4, 0)
