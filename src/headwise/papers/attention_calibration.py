@@ -38,7 +38,7 @@ PAPER = Paper(
         "a trial on 16 other prompts a task showed that in texts of 23 to 64 tokens shuffled rows have tokens "
         "above 0.1 as well, so pairs of a head and a token above both thresholds are counted instead of texts; "
         "tasks that are answered always or at chance (addition, multiple choice) were left out, and needles made "
-        "longer; prose has fewer and shorter prompts, for time; needles and prose count whole answers; weights- "
+        "longer; prose has fewer and shorter prompts, for time; needles and prose count whole answers; weights-"
         "form compares outputs of heads; after that trial the intervals of later-sinks and improves were made "
         "those of the numbers that decide"
     ),
