@@ -21,9 +21,10 @@ from headwise.attend.read import SAMPLE, SAMPLED_ABOVE, Probe
 from headwise.errors import InputError, UnsupportedModel
 from headwise.heads.prompt_probe import PromptProbe, prompt_probes
 from headwise.hf.addresses import layout, tower_kinds
-from headwise.hf.load import Loaded, load, register
+from headwise.hf.load import Loaded, load, register, register_family
 from headwise.hf.maps import maps_during
 from headwise.hf.session import probe as reading
+from headwise.models.own import PREFIX, own_class
 from headwise.report.html import compare as comparison
 from headwise.report.html import sparse_rows
 from headwise.specimens.registry import load_specimen, specimen_names
@@ -40,6 +41,7 @@ Rows = Literal["auto", "all"]
 AnyProbe = Probe | PromptProbe
 
 register(specimen_names, load_specimen)
+register_family(PREFIX, own_class)
 
 
 class Scan(HeadMap):

@@ -106,8 +106,8 @@ def test_selection_is_measured_at_the_row_of_the_answer():
     scenes = coarse_to_fine_scene(5, seed=0)
     model.choose = setup.only(scenes.asked)
     chosen = setup.selections(model, scenes)
-    assert chosen.shape == (5, 2, 16)  # layers 1 and 2 select for 2 and 3
-    assert torch.equal(chosen[:, 0].int().argmax(-1), scenes.asked) and chosen.sum() == 10
+    assert chosen.shape == (5, 3, 16)  # layers 0 to 2 select for 1 to 3
+    assert torch.equal(chosen[:, 0].int().argmax(-1), scenes.asked) and chosen.sum() == 15
     result = Trained(model)
     model.choose = None
     setup.measure_arm(result, MAGNIFIER, model, setup.tests(0, 12))

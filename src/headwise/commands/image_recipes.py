@@ -47,7 +47,9 @@ def classifier(asked: Any) -> Answer:
         images, name = normalised(images, start), to or start
     asked.said.log(f"training on {len(images.train)} images of {len(images.classes)} classes")
     found = train_image_classifier(images, out=asked.folder, **own, **_training(asked))
-    if start is not None:
+    if start is None:
+        _write_preprocessor(*images.size[1:], asked)
+    else:
         _copy_preprocessor(start, asked)
     figures = {"accuracy": found.accuracy, "parameters": found.parameters, "flops": found.flops, "loss": found.loss}
     lines = [
@@ -110,6 +112,7 @@ def _dense(recipe: str, asked: Any) -> Answer:
         names = [own["model"].config.backbone]
     asked.said.log(words)
     found: Any = train(data, backbone=names[0], out=asked.folder, **own, **_training(asked))
+    _write_preprocessor(data.size, data.size, asked)
     figures = {score: getattr(found, score) for score in (*scores, by_class, "parameters", "flops", "loss")}
     shown = ", ".join(f"{WORDS[score]} {figures[score]:.3f}" for score in scores)
     lines = [f"{names[0]} on {data.name}: {shown} of {len(data.test)} test images"]
@@ -214,6 +217,24 @@ def _conversion(text: str | None) -> tuple[str | None, dict[str, Any]]:
     return name, options
 
 
+def _write_preprocessor(height: int, width: int, asked: Any) -> None:
+    """How a picture file becomes what the model was trained on: resized, in [0, 1]."""
+    rules = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": False,
+    }
+    _preprocessor(rules, asked)
+
+
+def _preprocessor(rules: dict[str, Any], asked: Any) -> None:
+    path = asked.folder / "preprocessor_config.json"
+    path.write_text(json.dumps(rules, indent=2) + "\n", encoding="utf-8")
+
+
 def _copy_preprocessor(source: str, asked: Any) -> None:
     """What the images were normalised with belongs to the model."""
     from transformers.image_processing_base import ImageProcessingMixin
@@ -222,8 +243,7 @@ def _copy_preprocessor(source: str, asked: Any) -> None:
         found = ImageProcessingMixin.get_image_processor_dict(source)[0]
     except OSError:
         return
-    path = asked.folder / "preprocessor_config.json"
-    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    _preprocessor(found, asked)
 
 
 def _trained_backbone(model: Any, name: str, source: str, classes: tuple[str, ...]) -> Any:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from headwise.attend.addresses import Head, Layout, Tower
+from headwise.attend.point import head_points, point_layout
 from headwise.errors import UnsupportedModel
 from headwise.hf.projections import attention_shape
 from headwise.hf.projections import head_writes as head_writes
@@ -89,7 +90,12 @@ def attention_modules(model: nn.Module) -> dict[nn.Module, tuple[str, int]]:
 
 
 def layout(model: nn.Module) -> Layout:
-    """Query and key heads per layer of every tower, main tower first. Layers without attention have 0 heads."""
+    """Query and key heads per layer of every tower, main tower first. Layers without attention have 0 heads.
+
+    In a network of headwise's own mechanisms the layers are its `attend.HeadPoint`s.
+    """
+    if points := head_points(model):
+        return point_layout(points)
     towers: dict[str, list[_Found]] = {}
     for found in _find(model):
         towers.setdefault(found.tower, []).append(found)
@@ -119,6 +125,10 @@ def heads_of(model: nn.Module) -> list[HeadRecord]:
 
 def tower_kinds(model: nn.Module) -> dict[str, TowerKind]:
     """Tower -> whether its rows see only the past ("causal"), everything, or another sequence ("cross")."""
+    if points := head_points(model):
+        flags = [getattr(owner, "is_causal", False) for owner in model.modules() if set(owner.children()) & set(points)]
+        causal = any(all(flag) if isinstance(flag, tuple) else flag for flag in flags)
+        return {"": "causal" if causal else "bidirectional"}
     inner = unwrap(model)
     kinds: dict[str, TowerKind] = {}
     every = _find(inner)

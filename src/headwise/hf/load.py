@@ -16,12 +16,12 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from headwise.errors import InputError, UnsupportedModel
 
-# `load` and `register` are taken from this module: an area exports no name that one of its modules has.
+# `load`, `register` and `register_family` are taken from this module: an area exports no name that one of its modules has.
 __all__ = ["Loaded", "known_names"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -61,6 +61,7 @@ class _Resolver:
 
 
 _RESOLVERS: dict[str, _Resolver] = {}
+_FAMILIES: dict[str, Callable[[str, str], type[PreTrainedModel]]] = {}
 
 
 def register(names: Callable[[], Iterable[str]], load: Callable[..., Any]) -> None:
@@ -70,6 +71,14 @@ def register(names: Callable[[], Iterable[str]], load: Callable[..., Any]) -> No
     it has them, ``processor``, ``head_map`` and ``card``; it also gets ``name@rest`` where ``name`` is one of its own.
     """
     _RESOLVERS[f"{load.__module__}.{load.__qualname__}"] = _Resolver(names, load)
+
+
+def register_family(prefix: str, find: Callable[[str, str], type[PreTrainedModel]]) -> None:
+    """Let `load` read checkpoints whose ``model_type`` starts with a prefix, which transformers does not know.
+
+    find: (model_type, the class that the checkpoint names) -> that class.
+    """
+    _FAMILIES[prefix] = find
 
 
 def known_names() -> list[str]:
@@ -121,8 +130,15 @@ def _resolved(resolver: _Resolver, name: str, device: torch.device, dtype: torch
 
 
 def _pretrained(source: str, name: str, device: torch.device, dtype: torch.dtype | None, *, local: bool) -> Loaded:
-    config = _attempt(lambda: AutoConfig.from_pretrained(source, trust_remote_code=False), name, local)
-    model_class = _model_class(config, name)
+    written, _ = _attempt(lambda: PreTrainedConfig.get_config_dict(source), name, local)
+    own = next((find for prefix, find in _FAMILIES.items() if str(written.get("model_type")).startswith(prefix)), None)
+    if own is None:
+        config = _attempt(lambda: AutoConfig.from_pretrained(source, trust_remote_code=False), name, local)
+        model_class = _model_class(config, name)
+    else:
+        found = own(written["model_type"], next(iter(written.get("architectures") or []), ""))
+        model_class: Any = found
+        config = _attempt(lambda: found.config_class.from_pretrained(source), name, local)
     options = {"config": config, "use_safetensors": True, "dtype": dtype or "auto", "output_loading_info": True}
     model, info = _attempt(lambda: model_class.from_pretrained(source, **options), name, local)
     missing = sorted(info["missing_keys"])

@@ -1,4 +1,8 @@
-"""What lscenellm.py measures on: a small decoder on generated scenes, with four ways of looking at fine tokens."""
+"""What lscenellm.py measures on: a small decoder on generated scenes, with four ways of looking at fine tokens.
+
+One decoder learns to look regions up by coarse tokens, as a 3D language model can before it gets a magnifier; every arm
+goes on from it.
+"""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -17,7 +21,8 @@ from headwise.tasks.cross_rooms import cross_room_scenes
 from headwise.tasks.points import scene_tokens
 from headwise.training import OptimiserSpec, fit, warmup_cosine
 
-STEPS, BATCH, RATE = 1200, 32, 2e-3
+BASE_STEPS, STEPS, BATCH, RATE = 400, 1200, 32, 2e-3
+START_LAYER = 0  # that looks regions up in the base, so that later layers can magnify
 PLUG_STEPS, PLUG_RATE = 400, 1e-3
 LARGE, SMALL = 16, 4  # regions of a scene
 SCENES = 512  # of each size, never trained on
@@ -47,7 +52,7 @@ CHOICES: dict[str, Choose] = {COARSE: nothing, MAGNIFIER: None, RANDOM: at_rando
 
 
 def build(seed: int) -> SceneMagnifier:
-    """Four layers of width 64; layer 1 is the first that selects."""
+    """Four layers of width 64; the first one selects for the second, and so on."""
     torch.manual_seed(seed)
     text = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -63,17 +68,20 @@ def build(seed: int) -> SceneMagnifier:
         pad_token_id=None,
     )
     config = SceneMagnifierConfig(
-        text, scene_dim=DIM, scene_token_id=SCENE, start_layer=1, projector="linear", initializer_range=0.1
+        text, scene_dim=DIM, scene_token_id=SCENE, start_layer=START_LAYER, projector="linear", initializer_range=0.1
     )
     return SceneMagnifier(config)
 
 
-def train(model: SceneMagnifier, arm: str, seed: int, steps: int = STEPS, rate: float = RATE) -> SceneMagnifier:
-    """In place: half of the questions ask for a detail; every fourth batch has small scenes."""
+def train(
+    model: SceneMagnifier, arm: str, seed: int, steps: int = STEPS, rate: float = RATE, details: float = 0.5
+) -> SceneMagnifier:
+    """In place; every fourth batch has small scenes. details: share of the questions that ask for one."""
     model.choose = CHOICES[arm]
 
     def batches(step: int, generator: torch.Generator) -> CoarseToFine:
-        return coarse_to_fine_scene(BATCH, regions=SMALL if step % 4 == 3 else LARGE, generator=generator)
+        regions = SMALL if step % 4 == 3 else LARGE
+        return coarse_to_fine_scene(BATCH, regions=regions, details=details, generator=generator)
 
     def loss(net: Any, batch: CoarseToFine) -> Tensor:
         return nn.functional.cross_entropy(answers(net, batch), batch.answer)
@@ -81,6 +89,17 @@ def train(model: SceneMagnifier, arm: str, seed: int, steps: int = STEPS, rate: 
     rule = OptimiserSpec(lr=rate)
     fit(model, batches, loss, steps=steps, seed=seed, optimiser=rule, schedule=warmup_cosine(max(1, steps // 15)))
     return model
+
+
+def magnifying(model: SceneMagnifier) -> SceneMagnifier:
+    """A copy whose fine projections start as the layers' own."""
+    made = copy.deepcopy(model)
+    for layer, part in made.magnifiers.items():
+        attention: Any = made.decoder.model.layers[int(layer)].self_attn
+        fine: Any = part
+        fine.k_fine.load_state_dict(attention.k_proj.state_dict())
+        fine.v_fine.load_state_dict(attention.v_proj.state_dict())
+    return made
 
 
 def answers(model: SceneMagnifier, batch: CoarseToFine) -> Tensor:
@@ -186,14 +205,8 @@ def measure_parts(made: Trained, magnifier: SceneMagnifier, whole: SceneMagnifie
 
 
 def plug_in(coarse: SceneMagnifier, seed: int, arm: str, steps: int = PLUG_STEPS) -> SceneMagnifier:
-    """A copy of the model that knows coarse tokens only, tuned; its fine projections start as its own projections."""
-    model = copy.deepcopy(coarse)
-    for layer, part in model.magnifiers.items():
-        attention: Any = model.decoder.model.layers[int(layer)].self_attn
-        fine: Any = part
-        fine.k_fine.load_state_dict(attention.k_proj.state_dict())
-        fine.v_fine.load_state_dict(attention.v_proj.state_dict())
-    return train(model, arm, 1000 + seed, steps, PLUG_RATE)
+    """A copy of the model that learned coarse tokens only, tuned."""
+    return train(magnifying(coarse), arm, 1000 + seed, steps, PLUG_RATE)
 
 
 def rooms_seen(seed: int, count: int = 8) -> dict[str, float]:
@@ -219,8 +232,10 @@ def _shown(objects: Any, features: Tensor, centers: Tensor) -> Iterator[bool]:
 
 def train_all(run: Run, steps: int = STEPS, plug_steps: int = PLUG_STEPS, count: int = SCENES) -> Trained:
     scenes, models = tests(run.seed, count), {}
+    base = train(build(run.seed), COARSE, 2000 + run.seed, min(steps, BASE_STEPS), details=0.0)
+    run.log("base: trained")
     for arm in ARMS:
-        models[arm] = train(build(run.seed), arm, run.seed, steps)
+        models[arm] = train(magnifying(base), arm, run.seed, steps)
         run.log(f"{arm}: trained")
     made = Trained(models[MAGNIFIER])
     for arm, model in models.items():

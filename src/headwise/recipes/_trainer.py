@@ -80,6 +80,7 @@ def train_with(
         made.train()
         if out is not None:
             made.save_model(str(out))
+            (Path(out) / "training_args.bin").unlink(missing_ok=True)  # a pickle
             if isinstance(model, PreTrainedModel) and hasattr(model.config, CONVERTED) and made.is_world_process_zero():
                 # A checkpoint's old names for its modules would stand before those that were added, too.
                 model.save_pretrained(str(out), save_original_format=False)
