@@ -21,7 +21,7 @@ from transformers.models.auto import modeling_auto
 
 from headwise.errors import InputError, UnsupportedModel
 
-# `load`, `register` and `register_family` are taken from this module: an area exports no name that one of its modules has.
+# `load` and the `register`s are taken from this module: an area exports no name that one of its modules has.
 __all__ = ["Loaded", "known_names"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
