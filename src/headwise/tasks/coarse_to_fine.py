@@ -1,7 +1,7 @@
 """Scenes whose details are lost in their coarse tokens: what a region is, and the digit in one of its cells.
 
     fine cell = colour of its region + kind of its region + (in one cell) glyph of a digit + small noise
-    coarse    = mean of the cells + noise, in which the glyph drowns
+    coarse    = mean of the cells + noise, weak on colour and kind, so strong on the glyph that it drowns
 
 Two questions: "kind of the <colour> region ?", which coarse tokens answer, and "digit in the <colour> region ?", which
 only the cells of that region answer. Colours of a scene differ, so that a question has one answer.
@@ -24,7 +24,7 @@ FIRST_KIND = FIRST_COLOUR + COLOURS
 FIRST_DIGIT = FIRST_KIND + KINDS
 VOCABULARY = FIRST_DIGIT + DIGITS
 DIM = COLOURS + KINDS + DIGITS  # features of a token, before the rotation that mixes them
-STRONG, GLYPH = 4.0, 2.0  # length of colour and kind, and of a glyph
+STRONG, GLYPH = 4.0, 6.0  # length of colour and kind, and of a glyph
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def coarse_to_fine_scene(
     regions: int = 16,
     cells: int = 4,
     details: float = 0.5,
-    coarse_noise: float = 1.0,
+    coarse_noise: float = 0.5,
+    blur: float = 3.0,
     fine_noise: float = 0.1,
     seed: int | None = None,
     generator: torch.Generator | None = None,
@@ -74,17 +75,18 @@ def coarse_to_fine_scene(
     """n scenes with a question each.
 
     regions: 2 to 16. cells: of a region, at least 2. details: share of the questions that ask for a digit, 0 to 1.
-    coarse_noise, fine_noise: deviation of each feature. seed or generator: what is drawn from.
+    coarse_noise, blur: deviation of what a coarse token shows of colour and kind, and of the digit. fine_noise: of each
+    feature of a cell. seed or generator: what is drawn from.
     Raises ValueError for numbers out of range, and where both or neither of seed and generator are given.
     """
     if not 2 <= regions <= COLOURS:
         raise ValueError(f"coarse_to_fine_scene: regions is {regions}; expected 2 to {COLOURS}, one colour each")
     if cells < 2 or n < 1:
         raise ValueError(f"coarse_to_fine_scene: cells is {cells}, n is {n}; expected at least 2 cells and 1 scene")
-    if not 0 <= details <= 1 or min(coarse_noise, fine_noise) < 0:
+    if not 0 <= details <= 1 or min(coarse_noise, blur, fine_noise) < 0:
         raise ValueError(
-            f"coarse_to_fine_scene: details is {details}, noises {coarse_noise} and {fine_noise}; expected a share "
-            "from 0 to 1, and noises of 0 or more"
+            f"coarse_to_fine_scene: details is {details}, noises {coarse_noise}, {blur} and {fine_noise}; expected a "
+            "share from 0 to 1, and noises of 0 or more"
         )
     if (seed is None) == (generator is None):
         raise ValueError("coarse_to_fine_scene: give either a seed or a generator")
@@ -98,7 +100,10 @@ def coarse_to_fine_scene(
     glyph = GLYPH * one_hot(digit, DIGITS)[:, :, None] * one_hot(cell, cells)[..., None]
     content = torch.cat([shared[:, :, None].expand(-1, -1, cells, -1), glyph], -1).float() @ _mixing()
     fine = content + fine_noise * torch.randn(content.shape, generator=draw)
-    coarse = fine.mean(2) + coarse_noise * torch.randn(n, regions, DIM, generator=draw)
+    noise = torch.randn(n, regions, DIM, generator=draw)
+    noise[..., : COLOURS + KINDS] *= coarse_noise
+    noise[..., COLOURS + KINDS :] *= blur
+    coarse = fine.mean(2) + noise @ _mixing()
     asked = torch.randint(regions, (n,), generator=draw)
     detail = (torch.rand(n, generator=draw) < details).long()
     question = _question(colour, kind, digit, asked, detail)
