@@ -1,8 +1,10 @@
 """The models and answers of Focus; its rows are beside it.
 
-One small LLaVA learns to answer at once (the base). From there, on the same held-out screens and for as many steps, one
-copy goes on answering at once, one learns to write its stages, and one learns whichever the base's errors call for. A
-fourth goes on answering at once on twice as many screens for twice as long.
+One small LLaVA learns what is where on a screen, then to answer at once (the base): it lists the shapes of all cells,
+answers one question after the other about icons of sparse screens, then single questions of all kinds. From there, on
+the same held-out screens and for as many steps, one copy goes on answering at once, one learns to write its stages, and
+one learns whichever the base's errors call for. A fourth goes on answering at once on twice as many screens for twice
+as long.
 """
 
 import copy
@@ -16,15 +18,17 @@ from torch import Tensor, nn
 from headwise.papers.running import Run
 from headwise.steering.fast_slow import FastSlowDecoder, Given, Grounding, GroundingStage
 from headwise.tasks.gui import calibrate_threshold, click_accuracy, label_modes
-from headwise.tasks.interfaces import GUI_WORDS, SIDE, GuiScreens, cell_boxes, gui_screens
+from headwise.tasks.interfaces import GUI_WORDS, NAMED, SIDE, GuiScreens, cell_boxes, gui_screens, point_of
 from headwise.training import OptimiserSpec, fit, warmup_cosine
 
-WORDS = ("<bos>", "<pad>", "<unk>", "<image>", "<eos>", "<fast>", "<slow>", ":", ";", *GUI_WORDS)
+WORDS = ("<bos>", "<pad>", "<unk>", "<image>", "<eos>", "<fast>", "<slow>", ":", ";", "list", *GUI_WORDS)
 ID = {word: number for number, word in enumerate(WORDS)}
 BOS, PAD, IMAGE, EOS = (ID[word] for word in ("<bos>", "<pad>", "<image>", "<eos>"))
 IMAGE_TOKENS, PATCH = 16, 12
 LAYERS, HEADS, HIDDEN, INNER = 4, 8, 64, 128
-LEARNING_RATE, WARM_UP = 2e-3, 50
+LEARNING_RATE, WARM_UP, INITIAL = 2e-3, 50, 0.1
+LISTING, NAMING, LESSONS = 0.15, 0.45, 0.7  # of the base's steps: lists among its lessons, from when panels are named
+EMPTY, SPARSE, TURNS = 0.5, 0.55, 5  # share of empty cells, that of the lessons' screens, questions of a lesson
 STAGES = (GroundingStage("summary", ";", 6), GroundingStage("analysis", ";", 8))
 COST = 0.05  # of accuracy, that a slow answer must be worth
 
@@ -33,7 +37,7 @@ COST = 0.05  # of accuracy, that a slow answer must be worth
 class Budget:
     """Steps and screens. steps: of the base. further: of each copy. pool: screens that the base labels."""
 
-    steps: int = 1000
+    steps: int = 2400
     further: int = 500
     batch: int = 32
     pool: int = 8192
@@ -95,11 +99,12 @@ def build() -> nn.Module:
 
     vision = CLIPVisionConfig(
         hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=2, num_attention_heads=4, image_size=SIDE,
-        patch_size=PATCH, projection_dim=HIDDEN,
+        patch_size=PATCH, projection_dim=HIDDEN, initializer_range=INITIAL,
     )  # fmt: skip
     text = LlamaConfig(
         vocab_size=len(WORDS), hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS,
         num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=128, tie_word_embeddings=False,
+        initializer_range=INITIAL,
         bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
     )  # fmt: skip
     config = LlavaConfig(
@@ -157,6 +162,11 @@ class Batch:
     pixels: Tensor
 
 
+def screens_of(n: int, **drawn: Any) -> GuiScreens:
+    """The screens of this run, of all kinds."""
+    return gui_screens(n, empty=EMPTY, **drawn)
+
+
 def training_batch(screens: GuiScreens, slow: Tensor) -> Batch:
     """Prompts and whole answers, the slow ones with their stages, padded on the right; answers count."""
     starts, rows = prompts(screens), []
@@ -164,12 +174,43 @@ def training_batch(screens: GuiScreens, slow: Tensor) -> Batch:
         starts, slow.tolist(), screens.summaries(), screens.analyses(), screens.points(), strict=True
     ):
         said = f"<slow> {summary} ; {analysis} ; {point} <eos>" if is_slow else f"<fast> {point} <eos>"
-        rows.append([*start, *ids_of(said)])
-    longest = max(map(len, rows))
+        rows.append([(start, ids_of(said))])
+    return joined(rows, screens)
+
+
+def listing_batch(screens: GuiScreens) -> Batch:
+    """Every cell's shape, in reading order."""
+    start = [BOS, *[IMAGE] * IMAGE_TOKENS, ID["list"], ID[":"]]
+    return joined([[(start, ids_of(text))] for text in screens.listings()], screens)
+
+
+def lesson_batch(screens: GuiScreens, generator: torch.Generator, *, naming: bool) -> Batch:
+    """Questions about icons that are there once, one after the other, each answered at once. naming: panels and rows
+    are named as often as for easy screens."""
+    odds, rows = torch.tensor(NAMED if naming else (1.0, 0.0, 0.0)), []
+    for row, shapes in enumerate(screens.shapes.tolist()):
+        once = [cell for cell, shape in enumerate(shapes) if shape >= 0 and shapes.count(shape) == 1]
+        order = torch.randperm(len(once), generator=generator)[:TURNS].tolist()
+        words = torch.multinomial(odds, TURNS, replacement=True, generator=generator).tolist()
+        turns = [([BOS, *[IMAGE] * IMAGE_TOKENS], [])]
+        for cell, named in zip((once[place] for place in order), words, strict=False):
+            asked = [*ids_of(screens.instruction(row, cell, named)), ID[":"]]
+            turns.append((asked, ids_of(f"<fast> {point_of(cell)} <eos>")))
+        rows.append(turns)
+    return joined(rows, screens)
+
+
+def joined(rows: list[list[tuple[list[int], list[int]]]], screens: GuiScreens) -> Batch:
+    """Rows of (what is given, what is to be said), padded on the right."""
+    longest = max(sum(len(given) + len(said) for given, said in row) for row in rows)
     ids, counted = torch.full((len(rows), longest), PAD), torch.zeros(len(rows), longest, dtype=torch.bool)
-    for number, (start, row) in enumerate(zip(starts, rows, strict=True)):
-        ids[number, : len(row)] = torch.tensor(row)
-        counted[number, len(start) : len(row)] = True
+    for number, row in enumerate(rows):
+        place = 0
+        for given, said in row:
+            end = place + len(given) + len(said)
+            ids[number, place:end] = torch.tensor([*given, *said])
+            counted[number, end - len(said) : end] = True
+            place = end
     return Batch(ids, counted, screens.pixel_values)
 
 
@@ -190,7 +231,7 @@ def train(
         loss,
         steps=steps,
         seed=seed,
-        optimiser=OptimiserSpec(lr=LEARNING_RATE),
+        optimiser=OptimiserSpec(lr=LEARNING_RATE, betas=(0.9, 0.98)),
         schedule=warmup_cosine(min(WARM_UP, max(1, steps // 4))),
         log=lambda record: run.log(f"{name}: step {record['step']}, loss {record['loss']:.3f}"),
         log_every=250,
@@ -258,15 +299,20 @@ def trained(run: Run, budget: Budget) -> Trained:
     base, start = build(), 1_000_000 * (run.seed + 1)
 
     def fresh(step: int, generator: torch.Generator) -> Batch:
-        return training_batch(gui_screens(budget.batch, generator=generator), torch.zeros(budget.batch))
+        if step >= LESSONS * budget.steps:
+            return training_batch(screens_of(budget.batch, generator=generator), torch.zeros(budget.batch))
+        if step % 3 == 0 and step < LISTING * budget.steps:
+            return listing_batch(gui_screens(budget.batch, generator=generator))
+        sparse = gui_screens(budget.batch, mix=(1, 0, 0), empty=SPARSE, generator=generator)
+        return lesson_batch(sparse, generator, naming=step > NAMING * budget.steps)
 
     train(base, fresh, budget.steps, start, run, "base")
     run.log(f"labelling {budget.pool} screens that the base has not seen")
-    pool = gui_screens(budget.pool, seed=start + 1)
+    pool = screens_of(budget.pool, seed=start + 1)
     found = answered(base, pool, 1.0, budget.size)
     needed = label_modes([one.point for one in found], pool.boxes)
     kinds = click_accuracy([one.point for one in found], pool.boxes, groups=pool.kinds())
-    more = gui_screens(2 * budget.pool, seed=start + 2)
+    more = screens_of(2 * budget.pool, seed=start + 2)
     fast, slow = torch.zeros_like(needed), torch.ones_like(needed)
 
     def copied(name: str, screens: GuiScreens, modes: Tensor, steps: int) -> nn.Module:
@@ -285,8 +331,8 @@ def outcomes(run: Run, budget: Budget = Budget()) -> Outcomes:
     """Train, calibrate on held-out screens, and answer the test screens in every way."""
     models = trained(run, budget)
     start = 1_000_000 * (run.seed + 1)
-    held_out = gui_screens(budget.calibration, seed=start + 10)
-    test = gui_screens(budget.test, seed=start + 11)
+    held_out = screens_of(budget.calibration, seed=start + 10)
+    test = screens_of(budget.test, seed=start + 11)
     run.log("calibrating the threshold")
     quick, thorough = both_ways(models.mixed, held_out, budget.size)
     p = torch.tensor([one.p_slow for one in quick])

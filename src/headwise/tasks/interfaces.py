@@ -79,16 +79,19 @@ class GuiScreens:
 
     def instructions(self) -> list[str]:
         """ "disc", "disc in red panel" or "disc in light row of red panel"."""
-        colours, texts = list(PANEL_COLOURS), []
-        for row in range(len(self)):
-            cell = int(self.target[row])
-            panel = panel_of(cell)
-            words = ICONS[int(self.shapes[row, cell])]
-            if self.named[row] > 0:
-                of = f"{SHADES[int(self.light[row, panel] == row_of(cell))]} row of " if self.named[row] > 1 else ""
-                words += f" in {of}{colours[int(self.panels[row, panel])]} panel"
-            texts.append(words)
-        return texts
+        return [self.instruction(row, int(self.target[row]), int(self.named[row])) for row in range(len(self))]
+
+    def instruction(self, row: int, cell: int, named: int) -> str:
+        """What asks for a cell of a screen. named: 0 the shape alone, 1 the panel too, 2 the row too."""
+        panel, words = panel_of(cell), ICONS[int(self.shapes[row, cell])]
+        if named > 0:
+            of = f"{SHADES[int(self.light[row, panel] == row_of(cell))]} row of " if named > 1 else ""
+            words += f" in {of}{list(PANEL_COLOURS)[int(self.panels[row, panel])]} panel"
+        return words
+
+    def listings(self) -> list[str]:
+        """The shapes of all cells in reading order."""
+        return [" ".join(ICONS[k] if k >= 0 else EMPTY for k in row) for row in self.shapes.tolist()]
 
     def summaries(self) -> list[str]:
         """The interface in short: the colours of its panels in reading order."""
@@ -110,7 +113,7 @@ class GuiScreens:
 
     def points(self) -> list[str]:
         """The middle of the cell that is meant, in thousandths of the sides: "125 375"."""
-        return [f"{125 + 250 * (cell % GRID)} {125 + 250 * (cell // GRID)}" for cell in self.target.tolist()]
+        return [point_of(cell) for cell in self.target.tolist()]
 
     def twins(self) -> Int[Tensor, " n"]:
         """For each screen another cell with the shape that is meant; the one that is meant where there is no other."""
@@ -127,6 +130,11 @@ def panel_of(cell: int) -> int:
 def row_of(cell: int) -> int:
     """Which row of its panel a cell is in."""
     return cell // GRID % 2
+
+
+def point_of(cell: int) -> str:
+    """The middle of a cell in thousandths of the sides: "125 375"."""
+    return f"{125 + 250 * (cell % GRID)} {125 + 250 * (cell // GRID)}"
 
 
 def cell_boxes(cells: Int[Tensor, " n"]) -> Float[Tensor, "n 4"]:
