@@ -137,9 +137,8 @@ def bars(
     axes.grid(visible=False, axis="x")
     _finish(axes, x, y, title, legend=False)
     if len(series) > 1:  # inside, it would lie on bars sooner or later
-        axes.legend(
-            loc="upper center", bbox_to_anchor=(0.5, -0.18 if x else -0.1), ncols=min(3, len(series)), fontsize=8
-        )
+        below = (0.18 if x else 0.1) + 0.07 * max((group.count("\n") for group in groups), default=0)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -below), ncols=min(3, len(series)), fontsize=8)
 
 
 def head_matrix(
