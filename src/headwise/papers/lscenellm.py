@@ -156,8 +156,8 @@ PAPER = Paper(
             ),
             control="the same model tuned as long without a magnifier",
             known=(
-                "400 steps at half the rate are few: the gain is 24, 4 and 10 points and goes on growing; the same start "
-                "trained for 1,200 steps answers 99 % (row `magnifies`)"
+                "400 steps at half the rate are few here: the gain is 24, 4 and 10 points, where 1,200 steps at the "
+                "full rate, from the base of all arms, answer 99 % (row `magnifies`)"
             ),
         ),
         Claim(
