@@ -1,6 +1,6 @@
 """The models and answers of Focus; its rows are beside it.
 
-One small LLaVA learns what is where on a screen, then to answer at once (the base): it lists the shapes of all cells,
+One small LLaVA learns what is where on a screen, then to answer at once (the base): it lists shapes and panels,
 answers one question after the other about icons of sparse screens, then single questions of all kinds. From there, on
 the same held-out screens and for as many steps, one copy goes on answering at once, one learns to write its stages, and
 one learns whichever the base's errors call for. A fourth goes on answering at once on twice as many screens for twice
@@ -27,7 +27,7 @@ BOS, PAD, IMAGE, EOS = (ID[word] for word in ("<bos>", "<pad>", "<image>", "<eos
 IMAGE_TOKENS, PATCH = 16, 12
 LAYERS, HEADS, HIDDEN, INNER = 4, 8, 64, 128
 LEARNING_RATE, WARM_UP, INITIAL = 2e-3, 50, 0.1
-LISTING, NAMING, LESSONS = 0.15, 0.45, 0.7  # of the base's steps: lists among its lessons, from when panels are named
+LISTING, NAMING, LESSONS = 0.2, 0.35, 0.6  # of the base's steps: lists among its lessons, from when panels are named
 EMPTY, SPARSE, TURNS = 0.5, 0.55, 5  # share of empty cells, that of the lessons' screens, questions of a lesson
 STAGES = (GroundingStage("summary", ";", 6), GroundingStage("analysis", ";", 8))
 COST = 0.05  # of accuracy, that a slow answer must be worth
@@ -37,8 +37,8 @@ COST = 0.05  # of accuracy, that a slow answer must be worth
 class Budget:
     """Steps and screens. steps: of the base. further: of each copy. pool: screens that the base labels."""
 
-    steps: int = 2400
-    further: int = 500
+    steps: int = 3000
+    further: int = 800
     batch: int = 32
     pool: int = 8192
     test: int = 1536
@@ -178,10 +178,12 @@ def training_batch(screens: GuiScreens, slow: Tensor) -> Batch:
     return joined(rows, screens)
 
 
-def listing_batch(screens: GuiScreens) -> Batch:
-    """Every cell's shape, in reading order."""
-    start = [BOS, *[IMAGE] * IMAGE_TOKENS, ID["list"], ID[":"]]
-    return joined([[(start, ids_of(text))] for text in screens.listings()], screens)
+def listing_batch(screens: GuiScreens, *, panels: bool) -> Batch:
+    """What is there, in reading order: the shape of every cell, or the colours of the panels."""
+    asked = [ID["list"], *([ID["panel"]] if panels else []), ID[":"]]
+    start = [BOS, *[IMAGE] * IMAGE_TOKENS, *asked]
+    texts = screens.summaries() if panels else screens.listings()
+    return joined([[(start, ids_of(text))] for text in texts], screens)
 
 
 def lesson_batch(screens: GuiScreens, generator: torch.Generator, *, naming: bool) -> Batch:
@@ -302,7 +304,7 @@ def trained(run: Run, budget: Budget) -> Trained:
         if step >= LESSONS * budget.steps:
             return training_batch(screens_of(budget.batch, generator=generator), torch.zeros(budget.batch))
         if step % 3 == 0 and step < LISTING * budget.steps:
-            return listing_batch(gui_screens(budget.batch, generator=generator))
+            return listing_batch(gui_screens(budget.batch, generator=generator), panels=step % 6 == 3)
         sparse = gui_screens(budget.batch, mix=(1, 0, 0), empty=SPARSE, generator=generator)
         return lesson_batch(sparse, generator, naming=step > NAMING * budget.steps)
 
