@@ -541,6 +541,31 @@ def test_tensors_that_do_not_fit_are_refused():
         NeighborhoodAttention(16, 2, 3, relative_bias=True)
 
 
+WHEN = """
+import sys, torch
+from pathlib import Path
+from headwise.attention import neighborhood as n
+def chosen(length):
+    q = torch.zeros(1, 4, length, length, 8)
+    return n._choose("auto", q, q, None, n.axes_of((length, length), 7))
+def built():
+    return len([*Path(sys.argv[1]).rglob("*.so")])
+print(chosen(14), built(), chosen(28), built(), chosen(14), n._choose("auto", torch.zeros(1, 1, 7, 1).double(),
+      torch.zeros(1, 1, 7, 1), None, n.axes_of((7,), 3)))
+"""
+
+
+@needs_cpp
+def test_small_calls_use_a_kernel_that_is_there_and_build_none(tmp_path):
+    """The first small call finds none, a large one builds it, and every call after that, of a later process too, takes
+    it."""
+    for found in ("tiled 0 cpp 1 cpp tiled", "cpp 1 cpp 1 cpp tiled"):
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "XDG_CACHE_HOME": str(tmp_path)}
+        command = [sys.executable, "-c", WHEN, str(tmp_path)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == found
+
+
 def test_the_kernel_can_be_turned_off_and_says_why(tmp_path):
     code = "import headwise.attention as a; print(a.neighborhood_backends()['cpp'])"
 

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.contracts import mechanisms
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -113,6 +115,28 @@ def test_the_mask_has_the_keys_that_sorting_finds(keep, std, dtype):
     short = (q[:, :, :6], k[:, :, :6])
     assert torch.equal(p.mask(*short, few), connectivity_from_indices(p(*short, few), 6))
     assert p.mask(q[:0], k[:0]).shape == (0, 4, 26, 26)
+
+
+@given(st.integers(2, 90), st.floats(0.01, 1), st.sampled_from([0.0, 0.02, 0.3]), st.integers(1, 8), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_sums_of_a_few_vectors_and_thresholds_find_what_a_product_and_a_sort_do(tokens, keep, std, topk, pruned):
+    """In float64, with ties (none but 0, which both sums give exactly), and with pruned tokens too."""
+    torch.manual_seed(tokens)
+    topk = min(topk, tokens // 2)
+    p = ConnectivityPredictor(8, tokens, 4, keep=keep, token_reduction=2, coef_topk=topk, num_prefix_tokens=0).double()
+    torch.nn.init.normal_(p.proj_n, std=0.3)
+    torch.nn.init.normal_(p.proj_back_n, std=std)
+    n = 1 + tokens // 2 if pruned else tokens
+    positions = torch.arange(n).expand(2, n) if pruned else None
+    q, k = (torch.randn(2, 4, n, 8, dtype=torch.float64) for _ in range(2))
+    with torch.no_grad():
+        s = p.coefficients(q, k, positions)
+        kept, places = s.topk(topk)
+        rough = torch.zeros_like(s).scatter(-1, places, kept) @ p.sparse_basis()[:n].mT
+        order = rough.sort(dim=-1, descending=True, stable=True).indices[..., : min(p.budget, n)]
+    assert torch.equal(p.mask(q, k, positions), connectivity_from_indices(order, n, 0))
+    for ours, theirs in zip(p._scores(q, k, positions), rough.split(64, 2), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-14, rtol=1e-13)
 
 
 def test_choices_depend_on_the_image_and_the_head():

@@ -27,9 +27,18 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-ffp-contract
 
 def unavailable() -> str | None:
     """Why the kernel cannot be used here; None where it can. Compiles it at the first call."""
-    if os.environ.get("HEADWISE_CPP", "1").lower() in ("0", "off", "no", "false"):
-        return "HEADWISE_CPP is 0"
-    return _built()[1]
+    return "HEADWISE_CPP is 0" if _off() else _built()[1]
+
+
+def ready() -> bool:
+    """Whether the kernel can be used here without compiling it: this process or an earlier one has done so."""
+    if _off() or not (_built.cache_info().currsize or any(target.exists() for target in _target()[1:])):
+        return False
+    return _built()[1] is None
+
+
+def _off() -> bool:
+    return os.environ.get("HEADWISE_CPP", "1").lower() in ("0", "off", "no", "false")
 
 
 def _compiler() -> str | None:
@@ -54,19 +63,28 @@ def _folder() -> Path:
 
 
 @cache
-def _built() -> tuple[ctypes.CDLL | None, str | None]:
-    """The loaded kernel, or the reason why there is none."""
+def _target() -> tuple[str] | tuple[str, Path]:
+    """The compiler and where its kernel lies or will lie; or why there is none."""
     compiler = _compiler()
     if compiler is None:
-        return None, "no C++ compiler was found (CXX, g++, clang++)"
-    source = SOURCE.read_bytes()
-    key = hashlib.sha256(b"\0".join([source, compiler.encode(), " ".join(FLAGS).encode(), _processor().encode()]))
+        return ("no C++ compiler was found (CXX, g++, clang++)",)
+    parts = [SOURCE.read_bytes(), *(x.encode() for x in (compiler, " ".join(FLAGS), _processor()))]
+    return compiler, _folder() / f"neighborhood-{hashlib.sha256(bytes(1).join(parts)).hexdigest()[:16]}.so"
+
+
+@cache
+def _built() -> tuple[ctypes.CDLL | None, str | None]:
+    """The loaded kernel, or the reason why there is none."""
+    compiler, *targets = _target()
+    if not targets:
+        return None, compiler
+    target = targets[0]
     try:
-        folder = _folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        target = folder / f"neighborhood-{key.hexdigest()[:16]}.so"
+        target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:  # renamed when complete: others may build it too
+            with tempfile.TemporaryDirectory(
+                dir=target.parent
+            ) as scratch:  # renamed when complete: others may build it too
                 made = Path(scratch) / target.name
                 command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
                 done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)

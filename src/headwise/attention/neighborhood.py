@@ -39,7 +39,9 @@ __all__ = [
 Size = int | Sequence[int]
 Flag = bool | Sequence[bool]
 BACKENDS = ("auto", "reference", "tiled", "cpp", "flex", "natten")
-CPP_PAIRS = 2**18  # query-key pairs of all heads from which compiling (once) and calling the kernel is worth it
+# Query-key pairs of all heads from which a call compiles the C++ kernel, which takes about 3 seconds once on a machine
+# (1,500 calls of 28 x 28 with kernel 7 repay it). Calling it is ahead of tiles at every size: 1.7 times at 4 x 4.
+CPP_PAIRS = 2**17
 
 
 def neighborhood_attention(
@@ -73,7 +75,8 @@ def neighborhood_attention(
     clip_window: where kernel * dilation exceeds an axis, take the largest kernel that fits, and crop the bias.
     backend: "reference" makes every score; "tiled" is plain torch and fast; "cpp" a kernel compiled at first use
     (float32 on CPUs; its backward is the tiled one); "flex" FlexAttention, for CUDA; "natten" NATTEN's CUDA library.
-    "auto": flex on CUDA without bias, cpp on CPUs for large float32 calls where there is a compiler, else tiled.
+    "auto": flex on CUDA without bias; cpp on CPUs in float32, where a compiler is found and the call is large enough
+    to compile the kernel (`CPP_PAIRS`), or was compiled before, on this machine; else tiled.
 
     Not-a-number is not looked for: a key that holds one reaches every query of its tile, not only those that see it.
 
@@ -160,10 +163,10 @@ def _choose(backend: str, q: Tensor, v: Tensor, bias: Tensor | None, axes: list[
         if q.device.type == "cuda" and bias is None and q.shape[-1] == v.shape[-1] and q.shape[-1] >= 16:
             return "flex"
         pairs = math.prod(q.shape[:-1]) * math.prod([axis.kernel for axis in axes])
-        worth = q.device.type == "cpu" and q.dtype == torch.float32 and pairs >= CPP_PAIRS
+        suits = q.device.type == "cpu" and q.dtype == torch.float32
         # Under autocast the call is not in float32; while tracing nothing may be compiled.
-        worth = worth and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-        return "cpp" if worth and cpp.unavailable() is None else "tiled"
+        suits = suits and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+        return "cpp" if suits and (cpp.unavailable() is None if pairs >= CPP_PAIRS else cpp.ready()) else "tiled"
     if backend in ("flex", "natten") and bias is not None:
         raise ValueError(f"neighborhood_attention: backend {backend!r} takes no bias; use 'tiled'")
     reasons = {"cpp": cpp.unavailable, "natten": flex.natten_unavailable}

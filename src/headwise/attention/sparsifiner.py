@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -155,6 +156,13 @@ class ConnectivityPredictor(nn.Module):
         """What queries after the prefix are taken to give each key, block by block."""
         s = self.coefficients(q, k, positions)
         kept, places = s.topk(self.coef_topk, sorted=False)
+        if positions is None and _plain(s):  # the sum of a few basis vectors: m / coef_topk times fewer operations
+            table = self.sparse_basis().mT.contiguous()
+            for some, weights in zip(places.split(BLOCK, 2), kept.split(BLOCK, 2), strict=True):
+                index, weight = (one.reshape(-1, self.coef_topk) for one in (some, weights))
+                rows = nn.functional.embedding_bag(index, table, per_sample_weights=weight, mode="sum")
+                yield rows.view(*some.shape[:3], self.num_tokens)
+            return
         s = torch.zeros_like(s).scatter(-1, places, kept)
         basis = self.sparse_basis()
         basis = basis if positions is None else basis[positions][:, None]
@@ -181,9 +189,18 @@ class ConnectivityPredictor(nn.Module):
         self.num_tokens = num_tokens
 
 
+def _plain(x: Tensor) -> bool:
+    """Whether a processor works on it, eagerly, in a dtype that numpy has."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
+
+
 def _largest(rows: Tensor, width: int) -> Tensor:
     """Where the `width` largest of each row are, the earlier of equal ones."""
-    least = rows.kthvalue(rows.shape[-1] - width + 1, -1, keepdim=True).values
+    place = rows.shape[-1] - width
+    if _plain(rows):  # in half the time of kthvalue
+        least = torch.from_numpy(np.partition(rows.numpy(), place, -1)[..., place : place + 1])
+    else:
+        least = rows.kthvalue(place + 1, -1, keepdim=True).values
     kept = rows >= least
     if not torch.compiler.is_compiling() and bool((kept.sum(-1) == width).all()):
         return kept
