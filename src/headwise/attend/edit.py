@@ -197,6 +197,13 @@ class Rows:
         return x[..., [self.named.index(head) for head in self.call.heads], :, :]
 
     @property
+    def scores(self) -> Tensor:
+        """`[b h r s]` scores of the rows, as the softmax sees them; those from which the rows were formed, if kept."""
+        index, columns, scores = self.call.memo.get("scores", (None, None, None))
+        same = index is self.index and columns == self.columns
+        return scores if same else self.call.scores(self.index, self.columns)
+
+    @property
     def visible(self) -> Tensor:
         """Boolean, broadcastable to `[b h r s]`: the keys that a row may see."""
         s = self.call.k.shape[2] if self.columns is None else self.columns
