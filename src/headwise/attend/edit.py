@@ -123,8 +123,9 @@ class GroupEdit(Edit):
         """The key groups in a layer; always equally many."""
         return self.key_groups()
 
-    def constant(self, call: Call) -> list[Tensor] | None:
-        """For each group a `[h]` constant added to its scores, if that is all this edit does; otherwise None."""
+    def constant(self, call: Call) -> list[Tensor | float] | None:
+        """For each group a number that is added to its scores, or `[h]` numbers, if that is all this edit does;
+        otherwise None."""
         return None
 
     def reweigh(self, log_mass: Tensor, inside: Tensor, call: Call) -> Tensor:

@@ -223,6 +223,8 @@ def _plain(call: Call, probes: Sequence[Probe], plain: Callable[[], Tensor] | No
     """The outputs before any edit. Where every head and row is edited they are not needed, and not computed."""
     replaced = {head for part in parts if part.touched is True for head in part.heads}
     if len(replaced) == call.q.shape[1]:
+        if len(parts) == 1:
+            return call.q[:, :, :, :0].transpose(1, 2)  # no output of these is kept
         b, h, t, _ = call.q.shape
         return call.q.new_empty(b, t, h, call.v.shape[-1])
     wants_lse = any(probe.reads_weights for probe in probes)

@@ -44,7 +44,7 @@ def key_bias(call: Call, edits: Sequence[GroupEdit]) -> Tensor | None:
 
     None too without edits.
     """
-    shifts: list[tuple[KeyGroup, Tensor]] = []
+    shifts: list[tuple[KeyGroup, Tensor | float]] = []
     for edit in edits:
         constants = edit.constant(call)
         if constants is None or edit.rows(call) is not True:
@@ -52,28 +52,28 @@ def key_bias(call: Call, edits: Sequence[GroupEdit]) -> Tensor | None:
         shifts += zip(edit.groups(call), constants, strict=True)
     if not shifts:
         return None
-    values = [tuple(constant.tolist()) for _, constant in shifts]
-    if not all(abs(value) <= LARGEST_FOLDED_BIAS for heads in values for value in heads):
+    # The numbers for each head, or one for all.
+    values = [tuple(set(one.tolist())) if isinstance(one, Tensor) else (one,) for _, one in shifts]
+    if not all(abs(value) <= LARGEST_FOLDED_BIAS for one in values for value in one):
         return None
-    alike = all(value == heads[0] for heads in values for value in heads)
     # A dense mask and a bias that differs from head to head would make a mask per head: merging is cheaper.
-    if call.mask is not None and call.mask.shape[2] > 1 and not alike:
+    if call.mask is not None and call.mask.shape[2] > 1 and any(len(one) > 1 for one in values):
         return None
 
     def bias() -> Tensor:
         total = None
-        for (group, constant), heads in zip(shifts, values, strict=True):
-            inside = call.columns(group.members(call.key_step))
-            one = constant[:1] if all(value == heads[0] for value in heads) else constant
-            part = inside[:, None, None].to(one.dtype) * one[None, :, None, None]
+        for (group, constant), one in zip(shifts, values, strict=True):
+            inside = call.columns(group.members(call.key_step))[:, None, None]
+            if isinstance(constant, Tensor):
+                constant = (constant if len(one) > 1 else constant[:1])[None, :, None, None]
+            part = inside.to(call.work_dtype) * constant
             total = part if total is None else total + part
         assert total is not None  # there are shifts
         return total
 
-    if any(constant.requires_grad for _, constant in shifts):
+    if any(isinstance(constant, Tensor) for _, constant in shifts):
         return bias()
-    known = tuple((group, heads) for (group, _), heads in zip(shifts, values, strict=True))
-    return call.key_step.once(("key bias", known, call.k.shape[2], call.work_dtype), bias)
+    return call.key_step.once(("key bias", tuple(shifts), call.k.shape[2], call.work_dtype), bias)
 
 
 def split_and_merge(call: Call, edits: Sequence[GroupEdit], skip: int = 0) -> Tensor:

@@ -329,8 +329,8 @@ class _BoostBias(_Boost, GroupEdit):
     def groups(self, call: Call) -> tuple[KeyGroup, ...]:
         return self.sets
 
-    def constant(self, call: Call) -> list[Tensor] | None:
-        return list(self.strengths(call))
+    def constant(self, call: Call) -> list[Tensor | float] | None:
+        return [self.of.local, self.of.summary] if self.of.head_scale is None else list(self.strengths(call))
 
     def reweigh(self, log_mass: Tensor, inside: Tensor, call: Call) -> Tensor:
         moved = log_mass
