@@ -24,7 +24,8 @@ from tests.attend.defined_edits import (
 )
 from torch import Tensor
 
-from headwise.attend import behind, groups, merge
+from headwise.attend import _behind as behind
+from headwise.attend import groups, merge
 from headwise.attend.addresses import Head
 from headwise.attend.call import Call
 from headwise.attend.edit import Edit

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from headwise.attend.behind import behind
+from headwise.attend._behind import rows_behind
 from headwise.attend.call import Call
 from headwise.attend.edit import GroupEdit, touched_rows
 from headwise.attend.groups import KeyGroup
@@ -83,7 +83,7 @@ def split_and_merge(call: Call, edits: Sequence[GroupEdit], skip: int = 0) -> Te
     if rows.q.shape[2] == 1 and 0 < len(groups) <= FEW_GROUPS:
         return _one_row(rows, edits, groups)
     atoms, inside, rest, last = _atoms(call, groups)
-    tail = behind(call, [atom.keys for atom in atoms], rest, last, groups, skip)
+    tail = rows_behind(call, [atom.keys for atom in atoms], rest, last, groups, skip)
     outs, lses = _attend_parts(rows, atoms, rest) if tail is None else tail.attend(call)
     if tail is not None and tail.first > skip:  # the rows before see a part of the groups
         parts = _attend_parts(_cut_off(rows, tail.first - skip), atoms, rest)

@@ -13,7 +13,7 @@ from headwise.attend.call import Call
 from headwise.attend.kernels import attention_with_lse
 from headwise.ops.masks import triangle
 
-__all__ = ["Behind", "behind"]
+__all__ = ["RowsBehind", "rows_behind"]
 
 ROWS = 32  # fewer rows are not worth calls of their own
 
@@ -37,7 +37,7 @@ class _Gathered:
 
 
 @dataclass
-class Behind:
+class RowsBehind:
     """The rows of a call from `first` on, and their keys part by part.
 
     before: an atom each, None where none of its keys is seen, and last what else comes before these rows, if anything
@@ -73,7 +73,9 @@ class Behind:
         return attention_with_lse(q, k, v, mask=part.mask, scale=call.scale, softcap=call.softcap)
 
 
-def behind(call: Call, atoms: list[Tensor], rest: Tensor, last: int, groups: tuple, skip: int) -> Behind | None:
+def rows_behind(
+    call: Call, atoms: list[Tensor], rest: Tensor, last: int, groups: tuple, skip: int
+) -> RowsBehind | None:
     """The rows from `skip` on that lie behind all atoms, where they are many and what they see is a triangle.
 
     atoms: the keys `[b, s]` of each; rest: all others. last: the column after the last key of an atom. groups: what
@@ -93,7 +95,7 @@ def behind(call: Call, atoms: list[Tensor], rest: Tensor, last: int, groups: tup
     first = max(skip, last - offset)
     if t - first < ROWS or offset < 0 or offset + t > s:
         return None
-    place = ("behind", groups, s, first)
+    place = ("behind", groups, t, s, first)
     known = call.key_step.cache.get(place)
     if known is None or known.mask is not call.mask:
         shown, start = None if keys is None else keys[:, 0, 0], offset + first
@@ -102,5 +104,5 @@ def behind(call: Call, atoms: list[Tensor], rest: Tensor, last: int, groups: tup
         before = before if before[-1] is not None else before[:-1]
         own = None if shown is None else shown[:, start : offset + t]
         own = None if own is None or bool(own.all()) else own[:, None, None]
-        known = call.key_step.cache[place] = Behind(first, start, before, call.mask, own)
+        known = call.key_step.cache[place] = RowsBehind(first, start, before, call.mask, own)
     return known
