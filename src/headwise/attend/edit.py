@@ -132,7 +132,8 @@ class GroupEdit(Edit):
         """New log-masses of the atoms of a row.
 
         log_mass: `[b h t a]`; exponentials sum to 1, the last atoms being the rest and the sink column.
-        inside: `[g, a]` boolean, which atoms make up each of this edit's groups.
+        inside: `[g, a]` boolean, which atoms make up each of this edit's groups. call: of these rows; what they see is
+        in the masses, and need not be in its mask.
         """
         raise NotImplementedError
 

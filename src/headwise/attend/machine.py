@@ -159,7 +159,7 @@ def attend(
         if isinstance(part.touched, Tensor) and skip == part.touched.shape[1]:
             continue
         new = part.run(skip).to(out.dtype)
-        if isinstance(part.touched, Tensor):
+        if isinstance(part.touched, Tensor) and not (skip and bool(part.touched[:, skip:].all())):
             new = torch.where(part.touched[:, skip:, None, None], new, _of_heads(out[:, skip:], part.heads))
         if skip:
             new = torch.cat([_of_heads(out[:, :skip], part.heads), new], 1)

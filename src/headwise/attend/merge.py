@@ -79,11 +79,15 @@ def key_bias(call: Call, edits: Sequence[GroupEdit]) -> Tensor | None:
 def split_and_merge(call: Call, edits: Sequence[GroupEdit], skip: int = 0) -> Tensor:
     """`[b h t e]` attention under edits on key groups, of the rows from `skip` on."""
     groups = tuple(group for edit in edits for group in edit.groups(call))
-    rows = call.last_rows(call.q.shape[2] - skip)
-    if rows.q.shape[2] == 1 and 0 < len(groups) <= FEW_GROUPS:
-        return _one_row(rows, edits, groups)
+    count = call.q.shape[2] - skip
+    if count == 1 and 0 < len(groups) <= FEW_GROUPS:
+        return _one_row(call.last_rows(1), edits, groups)
     atoms, inside, rest, last = _atoms(call, groups)
     tail = rows_behind(call, [atom.keys for atom in atoms], rest, last, groups, skip)
+    if tail is not None and tail.first == skip and call.causal:  # their triangle need not be written out
+        rows = replace(call, q=call.q[:, :, skip:], causal=False, memo={})
+    else:
+        rows = call.last_rows(count)
     outs, lses = _attend_parts(rows, atoms, rest) if tail is None else tail.attend(call)
     if tail is not None and tail.first > skip:  # the rows before see a part of the groups
         parts = _attend_parts(_cut_off(rows, tail.first - skip), atoms, rest)
