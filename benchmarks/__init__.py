@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from difflib import SequenceMatcher
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = ["Benchmark", "Row", "Setting", "UnknownInput", "Variant", "names", "r
 
 
 LEAST_SECONDS, MOST_CALLS = 0.02, 50  # short calls are repeated in a round
+NEAREST = 5  # inputs that are named where none is meant
 
 
 class UnknownInput(ValueError):
@@ -123,8 +125,7 @@ def run(
         for name, benchmark in benchmarks.items()
     }
     if not any(chosen.values()):
-        known = ", ".join(label for benchmark in benchmarks.values() for label in benchmark.inputs)
-        raise UnknownInput(f"bench: no input has {' or '.join(inputs or [])} in its name; there are {known}")
+        raise UnknownInput(_unknown(inputs or [], benchmarks))
     for name, benchmark in benchmarks.items():
         if not chosen[name]:
             continue
@@ -143,6 +144,22 @@ def run(
 def every() -> list[str]:
     """What is run when nothing is named: `attention` gathers others, which would run twice."""
     return [name for name in names() if name != "attention"]
+
+
+def _unknown(wanted: list[str], benchmarks: dict[str, Benchmark]) -> str:
+    """What to say of inputs that are not there: the nearest names, and where the others are to be found."""
+    labels = [label for benchmark in benchmarks.values() for label in benchmark.inputs]
+    near = sorted(labels, key=lambda label: -max(_likeness(one, label) for one in wanted))[:NEAREST]
+    owner = next(name for name, benchmark in benchmarks.items() if near[0] in benchmark.inputs).replace("_", "-")
+    more = f" (of {len(labels)}; `headwise bench {owner} --list` names those of {owner})"
+    more = more if len(labels) > len(near) else ""
+    return f"bench: no input has {' or '.join(wanted)} in its name; nearest are {'; '.join(near)}{more}"
+
+
+def _likeness(wanted: str, label: str) -> float:
+    """How much of what was asked for is in a name, in order, 0 to 1."""
+    blocks = SequenceMatcher(None, wanted.lower(), label.lower(), autojunk=False).get_matching_blocks()
+    return sum(block.size for block in blocks if block.size > 1) / max(1, len(wanted))
 
 
 def _named(label: str, wanted: list[str] | None) -> bool:

@@ -131,8 +131,18 @@ def test_a_run_of_parts(monkeypatch):
     assert all(one["of_product"] > 0 and one["of_peer"] > 0 for one in found["digests"]["made"])
     only = benchmarks.run(["made"], inputs=["40 tokens, forward"], rounds=1, memory=False, device="cpu")
     assert {one["input"] for one in only["rows"]} == {"made, 40 tokens, forward"}
-    with pytest.raises(UnknownInput, match=r"no input has 50 tokens in its name; there are made, 10 tokens, forward"):
+    with pytest.raises(UnknownInput, match=r"no input has 50 tokens in its name; nearest are made, 10 tokens, forward"):
         benchmarks.run(["made"], inputs=["50 tokens"], device="cpu")
+
+
+def test_an_unknown_input_is_answered_in_a_line(monkeypatch):
+    labels = [f"{kind} of {n}" for kind in ("prompt", "tokens", "picture") for n in range(100, 140)]
+    monkeypatch.setattr(benchmarks, "load", lambda name: Benchmark(name, {label: list for label in labels}))
+    with pytest.raises(UnknownInput) as caught:
+        benchmarks.run(["some_name"], inputs=["promt of 139"], device="cpu")
+    said = str(caught.value)
+    assert "nearest are prompt of 139; " in said and len(said) < 250
+    assert "(of 120; `headwise bench some-name --list` names those of some-name)" in said
 
 
 def test_a_failing_check_stops_a_benchmark(monkeypatch):

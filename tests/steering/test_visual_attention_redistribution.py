@@ -307,7 +307,7 @@ def test_only_text_after_the_image_pays():
     model, inputs = build("llava"), batch("llava", "bwwwwwwPww")
     seen = []
     before = machine.split_and_merge
-    machine.split_and_merge = lambda call, edits: seen.append(call.q.shape[2]) or before(call, edits)
+    machine.split_and_merge = lambda call, edits, skip: seen.append(call.q.shape[2] - skip) or before(call, edits, skip)
     try:
         steered(model, var(sinks=positions([8, 9])), **inputs)
     finally:

@@ -58,7 +58,7 @@ class Call:
     @property
     def work_dtype(self) -> torch.dtype:
         """The dtype in which scores are formed when they are read: float32, or float64 for float64 inputs."""
-        return torch.promote_types(self.q.dtype, torch.float32)
+        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
 
     @property
     def key_offset(self) -> int:

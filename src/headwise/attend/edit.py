@@ -123,15 +123,17 @@ class GroupEdit(Edit):
         """The key groups in a layer; always equally many."""
         return self.key_groups()
 
-    def constant(self, call: Call) -> list[Tensor] | None:
-        """For each group a `[h]` constant added to its scores, if that is all this edit does; otherwise None."""
+    def constant(self, call: Call) -> list[Tensor | float] | None:
+        """For each group a number that is added to its scores, or `[h]` numbers, if that is all this edit does;
+        otherwise None."""
         return None
 
     def reweigh(self, log_mass: Tensor, inside: Tensor, call: Call) -> Tensor:
         """New log-masses of the atoms of a row.
 
         log_mass: `[b h t a]`; exponentials sum to 1, the last atoms being the rest and the sink column.
-        inside: `[g, a]` boolean, which atoms make up each of this edit's groups.
+        inside: `[g, a]` boolean, which atoms make up each of this edit's groups. call: of these rows; what they see is
+        in the masses, and need not be in its mask.
         """
         raise NotImplementedError
 
@@ -195,6 +197,13 @@ class Rows:
                 f"a tensor for {x.shape[-3]} heads, but {len(self.named)} heads of layer {self.call.layer} are named"
             )
         return x[..., [self.named.index(head) for head in self.call.heads], :, :]
+
+    @property
+    def scores(self) -> Tensor:
+        """`[b h r s]` scores of the rows, as the softmax sees them; those from which the rows were formed, if kept."""
+        index, columns, scores = self.call.memo.get("scores", (None, None, None))
+        same = index is self.index and columns == self.columns
+        return scores if same else self.call.scores(self.index, self.columns)
 
     @property
     def visible(self) -> Tensor:

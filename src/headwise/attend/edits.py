@@ -258,8 +258,8 @@ class BiasGroup(GroupEdit):
     def key_groups(self) -> tuple[KeyGroup, ...]:
         return (self.group,)
 
-    def constant(self, call: Call) -> list[Tensor] | None:
-        return [_per_head(self.bias, call, 0.0)]
+    def constant(self, call: Call) -> list[Tensor | float] | None:
+        return [_one_or_per_head(self.bias, call, 0.0)]
 
     def reweigh(self, log_mass: Tensor, inside: Tensor, call: Call) -> Tensor:
         return _shift(log_mass, inside[0], _per_head(self.bias, call, 0.0))
@@ -302,8 +302,13 @@ class ScaleGroup(GroupEdit):
     def key_groups(self) -> tuple[KeyGroup, ...]:
         return (self.group,)
 
-    def constant(self, call: Call) -> list[Tensor] | None:
-        return [_log(_per_head(self.factor, call, 1.0))] if self.remainder == "renormalise" else None
+    def constant(self, call: Call) -> list[Tensor | float] | None:
+        if self.remainder != "renormalise":
+            return None
+        factor = _one_or_per_head(self.factor, call, 1.0)
+        if isinstance(factor, Tensor):
+            return [_log(factor)]
+        return [math.log(factor) if factor > 0 else -math.inf]
 
     def reweigh(self, log_mass: Tensor, inside: Tensor, call: Call) -> Tensor:
         factor = _per_head(self.factor, call, 1.0)
@@ -359,6 +364,11 @@ def _shift(log_mass: Tensor, inside: Tensor, bias: Tensor) -> Tensor:
 def _log(x: Tensor) -> Tensor:
     """log x; -inf with gradient 0 where x is 0 or less."""
     return x.masked_fill(x <= 0, 1).log().masked_fill(x <= 0, -torch.inf)
+
+
+def _one_or_per_head(value: float | Tensor | dict[Head, float], call: Call, default: float) -> Tensor | float:
+    """One number for all heads of a call, or `[h]` numbers."""
+    return _per_head(value, call, default) if isinstance(value, Tensor | dict) else float(value)
 
 
 def _per_head(value: float | Tensor | dict[Head, float], call: Call, default: float) -> Tensor:

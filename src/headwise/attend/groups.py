@@ -21,13 +21,15 @@ class KeyGroup:
 
     rule: `Step -> [b, total]` boolean over absolute positions. options: what `key_group(name, **options)` needs to
     make it again. uses_generated: the rule may select generated tokens (refused under beam search, where the
-    generated tokens of a row change owner).
+    generated tokens of a row change owner). settled: the rule never selects a generated token, and of the prompt the
+    same while tokens are generated, so that it need not be asked again.
     """
 
     name: str
     rule: Callable[[Step], Tensor] = field(compare=False, repr=False)
     options: tuple[tuple[str, object], ...] = ()
     uses_generated: bool = False
+    settled: bool = field(default=False, compare=False)
     _own: object = field(default=None, init=False, repr=False)
 
     def __post_init__(self):
@@ -39,6 +41,19 @@ class KeyGroup:
         return step.once(("group", self), lambda: self._resolve(step))
 
     def _resolve(self, step: Step) -> Tensor:
+        if not self.settled:
+            return self._asked(step)
+        known = step.carried.get(("members", self)) if step.generating else None
+        if known is not None and known.shape == (len(step.real), step.past) and known.device == step.real.device:
+            members = torch.nn.functional.pad(known, (0, step.length))
+        else:
+            members = self._asked(step)
+            if not bool(step.real.any(-1).all()):  # a sequence of padding alone has yet to begin
+                return members
+        step.carried["members", self] = members
+        return members
+
+    def _asked(self, step: Step) -> Tensor:
         members = self.rule(step)
         if members.shape[-1] != step.total:
             raise ValueError(
@@ -60,7 +75,7 @@ def first_token() -> KeyGroup:
     def rule(step: Step) -> Tensor:
         return torch.nn.functional.one_hot(step.first, step.total).bool()
 
-    return KeyGroup("first", rule)
+    return KeyGroup("first", rule, settled=True)
 
 
 def recent(n: int) -> KeyGroup:
@@ -93,7 +108,7 @@ def spans(ranges: Sequence[tuple[int, int]]) -> KeyGroup:
             inside |= (index >= start) & (index < stop)
         return inside
 
-    return KeyGroup("spans", rule, (("ranges", frozen),))
+    return KeyGroup("spans", rule, (("ranges", frozen),), settled=True)
 
 
 def image_tokens() -> KeyGroup:
@@ -104,7 +119,7 @@ def image_tokens() -> KeyGroup:
             raise ValueError("image_tokens: this model has no image token, or its ids were not given as input_ids")
         return step.images
 
-    return KeyGroup("image", rule)
+    return KeyGroup("image", rule, settled=True)
 
 
 def tokens(ids: Iterable[int], *, prompt_only: bool = True) -> KeyGroup:
@@ -117,7 +132,7 @@ def tokens(ids: Iterable[int], *, prompt_only: bool = True) -> KeyGroup:
         found = torch.isin(step.ids, torch.tensor(wanted, device=step.ids.device))
         return found & step.prompt if prompt_only else found
 
-    return KeyGroup("tokens", rule, (("ids", wanted), ("prompt_only", prompt_only)), uses_generated=not prompt_only)
+    return KeyGroup("tokens", rule, (("ids", wanted), ("prompt_only", prompt_only)), not prompt_only, prompt_only)
 
 
 def positions(members: Tensor | Sequence[int]) -> KeyGroup:

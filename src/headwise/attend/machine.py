@@ -66,6 +66,8 @@ class Part:
         self.touched = bool(inputs)
         for edit in self.edits:
             self.touched = _either(self.touched, edit.rows(call))
+        if isinstance(self.touched, Tensor) and self.touched.numel() and bool(self.touched.all()):
+            self.touched = True  # the plain outputs are not needed
 
     def skipped(self) -> int:
         """How many rows come before the first that is touched, where they can be left out."""
@@ -81,27 +83,27 @@ class Part:
 
     def run(self, skip: int = 0) -> Tensor:
         """`[b t n e]` outputs of the part's heads, of the rows from `skip` on."""
+        groups = [edit for edit in self.edits if isinstance(edit, GroupEdit)]
+        if len(groups) == len(self.edits):
+            bias = key_bias(self.call, groups)
+            if groups and bias is None:
+                return split_and_merge(self.call, groups, skip).transpose(1, 2)
+            call = self.call.last_rows(self.call.q.shape[2] - skip)
+            out, lse = call.attend(bias=bias)
+            return _share_with_sinks(out, lse, call).transpose(1, 2)
         call = self.call.last_rows(self.call.q.shape[2] - skip)
         if len(self.edits) == 1 and isinstance(self.edits[0], ColumnEdit):
             out = self.edits[0].fused(call)
             if out is not None:
                 return out.transpose(1, 2)
-        if any(isinstance(edit, RowEdit) for edit in self.edits):
-            blocks = []
-            for index in _blocks(call.q.shape[2]):
-                weights = self.weights(index, call=call)
-                b, n, r, s = weights.shape
-                kv = call.v.shape[1]
-                value = call.v.to(weights.dtype)
-                blocks.append((weights.reshape(b, kv, -1, s) @ value).view(b, n, r, -1))
-            out = torch.cat(blocks, 2) if blocks else call.attend()[0]
-            return out.to(call.q.dtype).transpose(1, 2)
-        groups = [edit for edit in self.edits if isinstance(edit, GroupEdit)]
-        bias = key_bias(call, groups)
-        if groups and bias is None:
-            return split_and_merge(call, groups).transpose(1, 2)
-        out, lse = call.attend(bias=bias)
-        return _share_with_sinks(out, lse, call).transpose(1, 2)
+        blocks = []
+        for index in _blocks(call.q.shape[2]):
+            weights = self.weights(index, call=call)
+            b, n, r, s = weights.shape
+            value = call.v.to(weights.dtype)
+            blocks.append((weights.reshape(b, call.v.shape[1], -1, s) @ value).view(b, n, r, -1))
+        out = torch.cat(blocks, 2) if blocks else call.attend()[0]
+        return out.to(call.q.dtype).transpose(1, 2)
 
     def weights(self, index: slice | Tensor, columns: int | None = None, *, call: Call | None = None) -> Tensor:
         """`[b n r s]` the final weights of some rows of the part's call, or of its last rows."""
@@ -157,11 +159,11 @@ def attend(
         if isinstance(part.touched, Tensor) and skip == part.touched.shape[1]:
             continue
         new = part.run(skip).to(out.dtype)
-        if isinstance(part.touched, Tensor):
-            new = torch.where(part.touched[:, skip:, None, None], new, out[:, skip:, part.heads])
+        if isinstance(part.touched, Tensor) and not (skip and bool(part.touched[:, skip:].all())):
+            new = torch.where(part.touched[:, skip:, None, None], new, _of_heads(out[:, skip:], part.heads))
         if skip:
-            new = torch.cat([out[:, :skip, part.heads], new], 1)
-        out = new if len(part.heads) == out.shape[2] else out.index_copy(2, _index(part.heads, out), new)
+            new = torch.cat([_of_heads(out[:, :skip], part.heads), new], 1)
+        out = _with_heads(out, part.heads, new)
     for edit, heads in active:
         if isinstance(edit, OutputEdit):
             out = _edit_output(edit, heads, out, call)
@@ -178,6 +180,7 @@ def plain_rows(call: Call, index: slice | Tensor, columns: int | None = None) ->
 def rows_and_sink(call: Call, index: slice | Tensor, columns: int | None = None) -> tuple[Tensor, Tensor | None]:
     """The weights of some rows `[b h r s]`, and that of the learned sink column `[b h r 1]` where there is one."""
     scores = call.scores(index, columns)
+    call.memo["scores"] = (index, columns, scores)  # for the edits of these rows
     if call.mask is None and call.sinks is None:  # every row sees a key
         return scores.softmax(-1), None
     lse = log_sum_exp(scores, keepdim=True)
@@ -202,10 +205,11 @@ def final_rows(call: Call, parts: Sequence[Part], index: slice | Tensor, columns
 def _parts(edits: list[tuple[Edit, list[int]]], call: Call) -> list[Part]:
     """Sort heads by the edits that name them."""
     by_edits: dict[tuple[int, ...], list[int]] = {}
-    for head in range(call.q.shape[1]):
-        named = tuple(i for i, (_, heads) in enumerate(edits) if call.heads[head] in heads)
+    chosen = [set(heads) for _, heads in edits]
+    for position, head in enumerate(call.heads if edits else ()):
+        named = tuple(i for i, heads in enumerate(chosen) if head in heads)
         if named:
-            by_edits.setdefault(named, []).append(head)
+            by_edits.setdefault(named, []).append(position)
     parts = [
         Part(heads, [edits[i][0] for i in named], {id(edits[i][0]): edits[i][1] for i in named})
         for named, heads in by_edits.items()
@@ -219,6 +223,8 @@ def _plain(call: Call, probes: Sequence[Probe], plain: Callable[[], Tensor] | No
     """The outputs before any edit. Where every head and row is edited they are not needed, and not computed."""
     replaced = {head for part in parts if part.touched is True for head in part.heads}
     if len(replaced) == call.q.shape[1]:
+        if len(parts) == 1:
+            return call.q[:, :, :, :0].transpose(1, 2)  # no output of these is kept
         b, h, t, _ = call.q.shape
         return call.q.new_empty(b, t, h, call.v.shape[-1])
     wants_lse = any(probe.reads_weights for probe in probes)
@@ -249,12 +255,27 @@ def _edit_output(edit: OutputEdit, heads: list[int], out: Tensor, call: Call) ->
         return out
     positions = [call.heads.index(head) for head in heads]
     everything = positions == list(range(out.shape[2]))
-    named = out if everything else out[:, :, positions]
+    named = _of_heads(out, positions)
     new = edit.change(named, call if everything else replace(call, heads=heads))
     rows = edit.rows(call)
     if isinstance(rows, Tensor):
         new = torch.where(rows[..., None, None], new, named)
-    return new if everything else out.index_copy(2, _index(positions, out), new.to(out.dtype))
+    return _with_heads(out, positions, new.to(out.dtype))
+
+
+def _of_heads(out: Tensor, heads: list[int]) -> Tensor:
+    """Heads of `[b t h e]`; neighbours are a view."""
+    first, count = heads[0], len(heads)
+    return out[:, :, first : first + count] if heads == list(range(first, first + count)) else out[:, :, heads]
+
+
+def _with_heads(out: Tensor, heads: list[int], new: Tensor) -> Tensor:
+    """`[b t h e]` with other outputs of some heads."""
+    first, end = heads[0], heads[0] + len(heads)
+    if heads != list(range(first, end)):
+        return out.index_copy(2, _index(heads, out), new)
+    parts = [out[:, :, :first], new, out[:, :, end:]]
+    return torch.cat([part for part in parts if part.shape[2]], 2) if len(heads) < out.shape[2] else new
 
 
 def _where(edit: Edit, call: Call, index: slice | Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -6,13 +6,16 @@ subtracted, so it is exact at every mass and in bf16.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from headwise.attend._behind import rows_behind
 from headwise.attend.call import Call
 from headwise.attend.edit import GroupEdit, touched_rows
+from headwise.attend.groups import KeyGroup
 from headwise.ops.softmax import log_sum_exp
 
 __all__ = ["key_bias", "merge_sets", "regroup_rows", "split_and_merge"]
@@ -41,70 +44,128 @@ def key_bias(call: Call, edits: Sequence[GroupEdit]) -> Tensor | None:
 
     None too without edits.
     """
-    total = None
+    shifts: list[tuple[KeyGroup, Tensor | float]] = []
     for edit in edits:
         constants = edit.constant(call)
         if constants is None or edit.rows(call) is not True:
             return None
-        for group, constant in zip(edit.groups(call), constants, strict=True):
-            if not bool((constant.abs() <= LARGEST_FOLDED_BIAS).all()):
-                return None
-            inside = call.columns(group.members(call.key_step))
-            one = constant[:1] if bool((constant == constant[0]).all()) else constant
-            bias = inside[:, None, None].to(one.dtype) * one[None, :, None, None]
-            total = bias if total is None else total + bias
-    if total is None:
+        shifts += zip(edit.groups(call), constants, strict=True)
+    if not shifts:
         return None
-    dense = call.mask is not None and call.mask.shape[2] > 1
+    # The numbers for each head, or one for all.
+    values = [tuple(set(one.tolist())) if isinstance(one, Tensor) else (one,) for _, one in shifts]
+    if not all(abs(value) <= LARGEST_FOLDED_BIAS for one in values for value in one):
+        return None
     # A dense mask and a bias that differs from head to head would make a mask per head: merging is cheaper.
-    return None if dense and total.shape[1] > 1 else total
+    if call.mask is not None and call.mask.shape[2] > 1 and any(len(one) > 1 for one in values):
+        return None
+
+    def bias() -> Tensor:
+        total = None
+        for (group, constant), one in zip(shifts, values, strict=True):
+            inside = call.columns(group.members(call.key_step))[:, None, None]
+            if isinstance(constant, Tensor):
+                constant = (constant if len(one) > 1 else constant[:1])[None, :, None, None]
+            part = inside.to(call.work_dtype) * constant
+            total = part if total is None else total + part
+        assert total is not None  # there are shifts
+        return total
+
+    if any(isinstance(constant, Tensor) for _, constant in shifts):
+        return bias()
+    return call.key_step.once(("key bias", tuple(shifts), call.k.shape[2], call.work_dtype), bias)
 
 
-def split_and_merge(call: Call, edits: Sequence[GroupEdit]) -> Tensor:
-    """`[b h t e]` attention under edits on key groups."""
-    if call.q.shape[2] == 1 and 0 < sum(len(edit.groups(call)) for edit in edits) <= FEW_GROUPS:
-        return _one_row(call, edits)
-    atoms, inside, rest = _atoms(call, edits)
-    outs, lses = zip(*[_attend_atom(call, atom) for atom in atoms], call.attend(only=rest), strict=True)
-    log_mass = torch.stack([*lses, *_sink_column(call, lses[0])], -1)
-    log_mass = _reweigh(log_mass, inside, edits, call)
+def split_and_merge(call: Call, edits: Sequence[GroupEdit], skip: int = 0) -> Tensor:
+    """`[b h t e]` attention under edits on key groups, of the rows from `skip` on."""
+    groups = tuple(group for edit in edits for group in edit.groups(call))
+    count = call.q.shape[2] - skip
+    if count == 1 and 0 < len(groups) <= FEW_GROUPS:
+        return _one_row(call.last_rows(1), edits, groups)
+    atoms, inside, rest, last = _atoms(call, groups)
+    tail = rows_behind(call, [atom.keys for atom in atoms], rest, last, groups, skip)
+    if tail is not None and tail.first == skip and call.causal:  # their triangle need not be written out
+        rows = replace(call, q=call.q[:, :, skip:], causal=False, memo={})
+    else:
+        rows = call.last_rows(count)
+    outs, lses = _attend_parts(rows, atoms, rest) if tail is None else tail.attend(call)
+    if tail is not None and tail.first > skip:  # the rows before see a part of the groups
+        parts = _attend_parts(_cut_off(rows, tail.first - skip), atoms, rest)
+        outs, lses = (_joined(early, late) for early, late in zip(parts, (outs, lses), strict=True))
+    log_mass = torch.stack([*lses, *_sink_column(rows, lses[0])], -1)
+    log_mass = _reweigh(log_mass, inside, edits, rows)
     return _merged(outs, log_mass).to(call.q.dtype)
 
 
-def _one_row(call: Call, edits: Sequence[GroupEdit]) -> Tensor:
+def _cut_off(call: Call, count: int) -> Call:
+    """The first rows of a call, to attend with: its steps stay those of the whole."""
+    mask = call.mask
+    mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, :count]
+    return replace(call, q=call.q[:, :, :count], mask=mask, memo={})
+
+
+def _joined(early: list[Tensor], late: list[Tensor]) -> list[Tensor]:
+    """Rows of the same atoms, one after the other; the late ones may have their rest in two parts."""
+    nothing = -torch.inf if early[0].ndim == 3 else 0.0
+    early = [*early, *(torch.full_like(early[-1], nothing) for _ in late[len(early) :])]
+    return [torch.cat(pair, 2) for pair in zip(early, late, strict=True)]
+
+
+def _attend_parts(call: Call, atoms: Sequence[Atom], rest: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs and log-masses over every atom and, last, over the rest."""
+    found = [*(_attend_atom(call, atom) for atom in atoms), call.attend(only=rest)]
+    return [out for out, _ in found], [lse for _, lse in found]
+
+
+@dataclass
+class _Codes:
+    """Every column's atom `[b 1 1 s]`, what hides the columns of others from an atom `[b 1 a s]`, the atoms of groups
+    `[g, a]`."""
+
+    atom: Tensor
+    hidden: Tensor
+    inside: Tensor
+
+
+def _one_row(call: Call, edits: Sequence[GroupEdit], groups: tuple) -> Tensor:
     """The same for a decoded token, in few small steps: its row of scores is formed and shifted atom by atom."""
-    groups = tuple(group for edit in edits for group in edit.groups(call))
-    s = call.k.shape[2]
-    codes, atoms, inside = call.key_step.once(("one row", groups, s), lambda: _codes(call, groups))
     scores = call.scores(slice(None))  # b h 1 s
-    lse = log_sum_exp(scores[..., None, :].masked_fill(~atoms[:, None, None], -torch.inf))
-    lse = lse.masked_fill(lse < NOTHING, -torch.inf)
-    log_mass = _reweigh(
-        torch.cat([lse, *(x[..., None] for x in _sink_column(call, lse[..., 0]))], -1), inside, edits, call
-    )
-    shift = (log_mass[..., : lse.shape[-1]] - lse.masked_fill(torch.isneginf(lse), 0)).masked_fill(
-        torch.isneginf(lse), -torch.inf
-    )
-    b, h = scores.shape[:2]
-    weights = (scores + shift.gather(-1, codes[:, None, None].expand(b, h, 1, s))).exp()
+    codes = call.key_step.once(("one row", groups, scores.shape[-1]), lambda: _codes(call, groups))
+    lse = log_sum_exp(scores + codes.hidden)[:, :, None]  # b h 1 a
+    if call.mask is not None and call.mask.dtype != torch.bool:
+        lse = lse.masked_fill(lse < NOTHING, -torch.inf)
+    log_mass = lse
+    if call.sinks is not None:
+        log_mass = torch.cat([lse, *(x[..., None] for x in _sink_column(call, lse[..., 0]))], -1)
+    log_mass = _reweigh(log_mass, codes.inside, edits, call)
+    shift = torch.where(lse > -torch.inf, log_mass[..., : lse.shape[-1]] - lse, -torch.inf)
+    b, h, _, s = scores.shape
+    weights = (scores + shift.gather(-1, codes.atom.expand(b, h, 1, s))).exp()
     out = weights.view(b, call.k.shape[1], call.groups, s) @ call.v.to(weights.dtype)
     return out.view(b, h, 1, -1).to(call.q.dtype)
 
 
-def _codes(call: Call, groups: tuple) -> tuple[Tensor, Tensor, Tensor]:
-    """The atom of every column `[b, s]`, the columns of every atom `[b, a, s]`, the atoms of every group `[g, a]`."""
+def _codes(call: Call, groups: tuple) -> _Codes:
     members = torch.stack([call.columns(group.members(call.key_step)) for group in groups])  # g b s
-    power = torch.arange(len(groups), device=members.device)
-    codes = (members.long() << power[:, None, None]).sum(0)
-    every = torch.arange(2 ** len(groups), device=members.device)
-    return codes, codes[:, None] == every[:, None], (every >> power[:, None] & 1).bool()
+    every, inside = _every_atom(len(groups), members.device)
+    codes = (members.long() << torch.arange(len(groups), device=members.device)[:, None, None]).sum(0)
+    hidden = torch.zeros(len(codes), len(every), codes.shape[1], dtype=call.work_dtype, device=codes.device)
+    hidden.masked_fill_(codes[:, None] != every[:, None], -torch.inf)
+    return _Codes(codes[:, None, None], hidden[:, None], inside)
+
+
+@cache
+def _every_atom(groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The numbers of all atoms that so many groups can make, and the atoms of every group `[g, a]`."""
+    every = torch.arange(2**groups, device=device)
+    return every, (every >> torch.arange(groups, device=device)[:, None] & 1).bool()
 
 
 def _merged(outs: Sequence[Tensor], log_mass: Tensor) -> Tensor:
     mass = log_mass.exp()
-    out = torch.zeros((), dtype=mass.dtype, device=mass.device)
-    for i, part in enumerate(outs):
-        out = out + mass[..., i, None] * part
+    out = mass[..., 0, None] * outs[0]
+    for i, part in enumerate(outs[1:], 1):
+        out = torch.addcmul(out, mass[..., i, None], part.to(out.dtype))
     return out
 
 
@@ -132,7 +193,7 @@ def regroup_rows(call: Call, edit: GroupEdit, weights: Tensor, sink: Tensor | No
 
     For probes, and for heads whose rows are formed anyway.
     """
-    atoms, inside, rest = _atoms(call, [edit])
+    atoms, inside, rest, _ = _atoms(call, edit.groups(call))
     keys = torch.stack([*(atom.keys for atom in atoms), rest], 1)[..., : weights.shape[-1]]  # b a s
     mass = torch.einsum("bhrs,bas->bhra", weights, keys.to(weights.dtype))
     mass = mass if sink is None else torch.cat([mass, sink], -1)
@@ -147,30 +208,33 @@ def regroup_rows(call: Call, edit: GroupEdit, weights: Tensor, sink: Tensor | No
 def _reweigh(log_mass: Tensor, inside: Tensor, edits: Sequence[GroupEdit], call: Call, every_row=False) -> Tensor:
     """Normalise, apply the edits in order to the rows that they touch; rows that see nothing keep masses of 0."""
     width = log_mass.shape[-1]
-    blind = torch.isneginf(log_mass.amax(-1, keepdim=True))
-    safe = torch.where(blind, 0.0, log_mass)
-    total = safe.logsumexp(-1, keepdim=True)
-    mass = safe - total if not every_row else safe
+    blind, mass = None, log_mass
+    if call.mask is not None:  # otherwise every row sees a key
+        blind = torch.isneginf(log_mass.amax(-1, keepdim=True))
+        mass = torch.where(blind, 0.0, log_mass)
+    if not every_row:
+        mass = mass - mass.logsumexp(-1, keepdim=True)
     first = 0
     for edit in edits:
         count = len(edit.groups(call))
-        member = torch.zeros(count, width, dtype=torch.bool, device=log_mass.device)
-        member[:, : inside.shape[1]] = inside[first : first + count]
+        member = inside if count == len(inside) else inside[first : first + count]
+        if width > member.shape[1]:
+            member = torch.nn.functional.pad(member, (0, width - member.shape[1]))
         first += count
         new = edit.reweigh(mass, member, call)
         rows = True if every_row else touched_rows(edit, call)
         mass = torch.where(rows[:, None, :, None], new, mass) if isinstance(rows, Tensor) else new
-    return torch.where(blind, -torch.inf, mass)
+    return mass if blind is None else torch.where(blind, -torch.inf, mass)
 
 
-def _atoms(call: Call, edits: Sequence[GroupEdit]) -> tuple[list[Atom], Tensor, Tensor]:
-    """Atoms, which groups they belong to `[g, a]`, and the columns `[b, s]` of the rest. Once per forward."""
-    groups = tuple(group for edit in edits for group in edit.groups(call))
+def _atoms(call: Call, groups: tuple) -> tuple[list[Atom], Tensor, Tensor, int]:
+    """Atoms, which groups they belong to `[g, a]`, the columns `[b, s]` of the rest, and the column behind the last of
+    an atom. Once per forward."""
     step, s = call.key_step, call.k.shape[2]
     return step.once(("atoms", groups, s), lambda: _cut(call, groups))
 
 
-def _cut(call: Call, groups) -> tuple[list[Atom], Tensor, Tensor]:
+def _cut(call: Call, groups: tuple) -> tuple[list[Atom], Tensor, Tensor, int]:
     members = torch.stack([call.columns(group.members(call.key_step)) for group in groups])  # g b s
     codes = (members.long() << torch.arange(len(groups), device=members.device)[:, None, None]).sum(0)
     present = [code for code in codes.unique().tolist() if code]
@@ -185,7 +249,9 @@ def _cut(call: Call, groups) -> tuple[list[Atom], Tensor, Tensor]:
         else:
             atoms.append(Atom(keys, None, None))
     inside = torch.tensor([[bool(code >> g & 1) for code in present] for g in range(len(groups))])
-    return atoms, inside.view(len(groups), len(present)).to(members.device), codes == 0
+    ends = (codes > 0).any(0).nonzero()
+    last = int(ends[-1]) + 1 if len(ends) else 0
+    return atoms, inside.view(len(groups), len(present)).to(members.device), codes == 0, last
 
 
 def _attend_atom(call: Call, atom: Atom) -> tuple[Tensor, Tensor]:

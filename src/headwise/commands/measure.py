@@ -32,7 +32,7 @@ def bench(
     inputs: Annotated[list[str] | None, typer.Option("--input", help="Only inputs whose name has this in it.")] = None,
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="How often each variant is timed.")] = None,
     memory: Annotated[bool, typer.Option(help="Measure peak memory too, in a process for each variant.")] = True,
-    listing: Annotated[bool, typer.Option("--list", help="List the benchmarks.")] = False,
+    listing: Annotated[bool, typer.Option("--list", help="List the benchmarks, or the inputs of those named.")] = False,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -41,7 +41,7 @@ def bench(
     with output(as_json) as said:
         registry = _registry()
         known = registry.names()
-        if listing:
+        if listing and not names:
             return said.write(document(benchmarks=known)) if as_json else print("\n".join(known))
         wanted = [name.replace("-", "_") for name in names or []]
         for given, name in zip(names or [], wanted, strict=True):
@@ -50,6 +50,12 @@ def bench(
 
                 raise InputError(f"bench: {given!r} is unknown; there are {', '.join(known)}{nearest(name, known)}")
         quiet_libraries()
+        if listing:
+            labels = {name: list(registry.load(name).inputs) for name in wanted}
+            if as_json:
+                return said.write(document(inputs=labels))
+            print("\n".join(label for inputs_of in labels.values() for label in inputs_of))
+            return None
         found = registry.run(
             wanted or None,
             inputs=inputs,

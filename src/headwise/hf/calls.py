@@ -29,9 +29,7 @@ class Plain:
         self.weights: Tensor | None = None
         query, _, value, mask = arguments
         self.is_fused = (
-            dispatch.previous_name(module.config) == "sdpa"
-            and dispatch.mechanism_of(module) is None
-            and query.device.type == "cpu"
+            query.device.type == "cpu"
             and query.shape[-1] == value.shape[-1]
             # A single row with grouped keys is folded differently there, and may differ in the last bit.
             and query.shape[2] > 1
@@ -39,6 +37,7 @@ class Plain:
             and options.get("position_bias") is None
             and not torch.is_grad_enabled()
             and not options["dropout"]
+            and dispatch.previous_name(module.config) == "sdpa"
         )
 
     def __call__(self) -> Tensor:

@@ -349,7 +349,8 @@ class Session:
                 f"attention dropout is {dropout} and the model is in training mode: weights would not be those that "
                 "the model used; call model.eval() or set attention_dropout to 0"
             )
-        blind = dispatch.without_rows(module)
+        stands_in = dispatch.mechanism_of(module) is not None  # for the module's own attention
+        blind = stands_in and dispatch.without_rows(module)
         if blind and (weights_probes or any(not isinstance(b.edit, OutputEdit) for b in edits)):
             wanted = [*weights_probes, *(b.edit for b in edits if not isinstance(b.edit, OutputEdit))][0]
             raise UnsupportedModel(
@@ -365,7 +366,7 @@ class Session:
         if held is not None:
             outputs_only = all(isinstance(b.edit, OutputEdit) for b in edits) and not weights_probes
             read = held.expanded(query, *read, shapes_only=outputs_only and not wants_weights)
-        seen = dispatch.seen(module, query, read[0], read[2])
+        seen = dispatch.seen(module, query, read[0], read[2]) if stands_in else read[2]
         call = read_call(
             module, query, read[0], read[1], seen, options["scaling"], options, kind, step, self.step("encoder")
         )
@@ -373,11 +374,11 @@ class Session:
         share = self._share(module, query.shape[1])
         if share is not None:
             call.heads = share.numbers(query.shape[1])
-        gates = self._gates(module, arguments, options, edits)
+        gates = self._gates(module, arguments, options, edits) if stands_in else None
         if gates is not None:
             previous = dispatch.base_function(module)  # edits change what is gated
         plain = Plain(previous, module, arguments, options)
-        plain.is_fused = plain.is_fused and held is None
+        plain.is_fused = plain.is_fused and held is None and not stands_in
         self._refuse_moved_rows(call, edits)
         self._thread.call = (module, call)
         out = attend(call, edits, weights_probes if share is None else [], plain)

@@ -50,7 +50,8 @@ class StepTracker:
     """Follows the sequence that one stack of one model is working on, in one thread."""
 
     def __init__(self, stack: nn.Module, image_token: int | None):
-        self.signature = inspect.signature(stack.forward)
+        parameters = inspect.signature(stack.forward).parameters.values()
+        self.names = [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
         self.image_token = image_token
         self.step: Step | None = None
         # One sequence a cache: guidance, for one, goes on with two in turn.
@@ -58,8 +59,7 @@ class StepTracker:
 
     def begin(self, args: tuple, kwargs: dict[str, Any], outer: dict[str, Any]) -> Step | None:
         """The step of a forward with these arguments. outer: those of the whole model, which may hold the ids."""
-        given = self.signature.bind_partial(*args, **kwargs).arguments
-        given = given | given.pop("kwargs", {})
+        given = dict(zip(self.names, args, strict=False)) | kwargs
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         tokens = ids if ids is not None else embeds
         if tokens is None:
@@ -101,12 +101,11 @@ class StepTracker:
         known = old is not None and past > 0 and old.total == past and old.ids.shape[0] == batch
         before = old if known and old is not None else Step.of(batch, past, device)
         if real is None:
-            real = torch.cat([before.real, torch.ones_like(ids, dtype=torch.bool)], 1)
-        prompt = torch.full_like(ids, past == 0 or length > 1, dtype=torch.bool)
+            real = torch.nn.functional.pad(before.real, (0, length), value=True)
         step = Step(
             ids=torch.cat([before.ids, ids], 1),
             real=real.to(device),
-            prompt=torch.cat([before.prompt, prompt], 1),
+            prompt=torch.nn.functional.pad(before.prompt, (0, length), value=past == 0 or length > 1),
             past=past,
             length=length,
             carried=before.carried,

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["additive", "decompose", "empty_rows", "hide_exactly", "key_mask", "visible"]
+__all__ = ["additive", "decompose", "empty_rows", "hide_exactly", "key_mask", "triangle", "visible"]
 
 _memo = WeakIdKeyDictionary()  # mask -> {what was asked: (version of the mask, answer)}
 _Answer = TypeVar("_Answer")
@@ -108,16 +108,25 @@ def decompose(mask: Tensor) -> Bool[Tensor, "b 1 1 s"] | None:
     The causal flag with the key mask gives bit-identical results, at the cost of no mask at all. Looks at the values:
     one synchronisation per mask object on a GPU, and None where there are none to look at (meta, while compiling).
     """
-    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != mask.shape[3]:
+    return triangle(mask, 0) if mask.ndim == 4 and mask.shape[2] == mask.shape[3] else None
+
+
+def triangle(mask: Tensor, offset: int) -> Bool[Tensor, "b 1 1 s"] | None:
+    """The key mask of a boolean mask `[b 1 t s]` whose row i sees, of the columns that the last row sees, those up to
+    `offset + i`; None for any other mask. Such are the masks of a prompt that goes on behind a cache.
+
+    As `decompose`, it looks at the values.
+    """
+    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1:
         return None
     if mask.shape[2] == 0 or mask.is_meta or torch.compiler.is_compiling():
         return None
 
     def answer() -> Tensor | None:
         keys = mask[:, :, -1:].clone()  # the last row sees every column that is not padding
-        return keys if torch.equal(mask, keys & torch.ones_like(mask[:1]).tril()) else None
+        return keys if torch.equal(mask, keys & torch.ones_like(mask[:1]).tril(offset)) else None
 
-    return _once(mask, "decompose", answer)
+    return _once(mask, ("triangle", offset), answer)
 
 
 def key_mask(mask: Tensor) -> Bool[Tensor, "b s"] | None:

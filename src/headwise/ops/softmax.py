@@ -15,6 +15,8 @@ __all__ = ["log_sum_exp", "merge"]
 
 def log_sum_exp(x: Tensor, dim: int = -1, *, keepdim: bool = False) -> Tensor:
     """log sum exp(x); -inf where all of x is -inf, with gradient 0 there (torch's is nan)."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return x.logsumexp(dim, keepdim=keepdim)
     empty = (x == -torch.inf).all(dim, keepdim=True)
     total = x.masked_fill(empty, 0).logsumexp(dim, keepdim=True).masked_fill(empty, -torch.inf)
     return total if keepdim else total.squeeze(dim)

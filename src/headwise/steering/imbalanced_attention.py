@@ -293,12 +293,9 @@ class _BoostScores(_Boost, RowEdit):
 
     def change(self, weights: Tensor, rows: Rows) -> Tensor:
         call, s = rows.call, weights.shape[-1]
-        z = call.scores(rows.index, s).to(weights.dtype)
-        delta = torch.zeros_like(weights)
-        for strength, members in zip(self.strengths(call), self._found(call.key_step), strict=True):
-            inside = call.columns(members)[:, None, None, :s] & ~torch.isneginf(z)
-            raised = strength.view(1, -1, 1, 1).to(z) * z.masked_fill(~inside, 0).abs()
-            delta = delta + raised
+        z = rows.scores.to(weights.dtype)
+        # Every key is in one of the sets at most.
+        delta = self._by_key(call)[..., :s].to(z) * z.masked_fill(torch.isneginf(z), 0).abs()
         top = delta.detach().masked_fill(weights <= 0, 0).amax(-1, keepdim=True)
         shifted = weights * (delta - top).clamp_max(0).exp()
         missing = 0.0 if rows.sink is None else rows.sink * (-top).exp()
@@ -307,6 +304,19 @@ class _BoostScores(_Boost, RowEdit):
         if rows.sink is not None:
             rows.sink = torch.where(total > 0, missing / safe, rows.sink)
         return torch.where(total > 0, shifted / safe, weights)
+
+    def _by_key(self, call: Call) -> Float[Tensor, "b h 1 s"]:
+        """s alpha of local and s beta of summary keys, 0 of the others; `[b 1 1 s]` where heads are all alike."""
+        layer = None if self.of.head_scale is None else (call.layer, *call.heads)
+
+        def strength() -> Tensor:
+            total = torch.zeros((), dtype=call.work_dtype, device=call.q.device)
+            for part, members in zip(self.strengths(call), self._found(call.key_step), strict=True):
+                part = part[:1] if layer is None else part
+                total = total + part.view(1, -1, 1, 1) * call.columns(members)[:, None, None].to(part)
+            return total
+
+        return call.key_step.once(("strength", self.serial, layer, call.k.shape[2], call.work_dtype), strength)
 
 
 @dataclass(eq=False)
@@ -319,8 +329,8 @@ class _BoostBias(_Boost, GroupEdit):
     def groups(self, call: Call) -> tuple[KeyGroup, ...]:
         return self.sets
 
-    def constant(self, call: Call) -> list[Tensor] | None:
-        return list(self.strengths(call))
+    def constant(self, call: Call) -> list[Tensor | float] | None:
+        return [self.of.local, self.of.summary] if self.of.head_scale is None else list(self.strengths(call))
 
     def reweigh(self, log_mass: Tensor, inside: Tensor, call: Call) -> Tensor:
         moved = log_mass

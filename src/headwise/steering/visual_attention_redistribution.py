@@ -10,6 +10,7 @@ generated.
 Paper: headwise/papers/visual_attention_redistribution.py (Kang et al., ICLR 2025).
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -124,6 +125,7 @@ class _Redistribute(GroupEdit):
     moved: bool = field(default=False, init=False)  # a sink was found among its tokens
     largest: Tensor | None = field(default=None, init=False)
     _groups: dict[int, KeyGroup] = field(default_factory=dict, init=False)
+    _latest: tuple[Tensor, tuple[Tensor, Tensor, Tensor]] | None = field(default=None, init=False)
 
     @property
     def neutral(self) -> bool:
@@ -195,39 +197,63 @@ class _Redistribute(GroupEdit):
 
     def _touched(self, call: Call, when: bool | Tensor) -> bool | Tensor:
         step, layer = call.key_step, call.layer
-        known = ("sinks", self.serial, layer)
+        known, groups = ("sinks", self.serial, layer), self.groups(call)
 
-        def touched() -> Tensor | None:
+        def touched() -> bool | Tensor:
             some = step.carried.get(known) if step.generating else None
             if some is False:
-                return None
-            sinks, image = (group.members(step) for group in self.groups(call))
+                return False
+            sinks, image = (group.members(step) for group in groups)
             visual = sinks & image
-            if some is None:  # asked while the prompt is read only: decoding need not wait for the device
+            if some is None:  # asked while the prompt is read only
                 some = bool(visual.any())
                 self.looked = self.looked or some or bool(image.any())
                 self.moved = self.moved or some
                 step.carried[known] = some
-            return (rows_after(image, step.real) & (visual.cumsum(-1) > 0))[:, step.past :] if some else None
+            if not some:
+                return False
+            if step.length > 1:
+                return (rows_after(image, step.real) & (visual.cumsum(-1) > 0))[:, step.past :]
+            rows = (step.real & ~image)[:, step.past :] & visual.any(-1, keepdim=True)
+            return bool(rows.all()) or rows
 
-        rows = step.once(("rows", self.serial, layer), touched)
-        if rows is None:
-            return False
-        return rows & when.to(rows.device) if isinstance(when, Tensor) else rows
+        rows = step.once(("rows", self.serial, groups), touched)
+        if rows is False or when is True:
+            return rows
+        assert isinstance(when, Tensor)  # a part of the rows
+        return when if rows is True else rows & when.to(call.q.device)
 
     def reweigh(self, log_mass: Tensor, inside: Tensor, call: Call) -> Tensor:
-        sinks, image = inside
-        others = image & ~sinks
-        count = self.of.image.members(call.key_step).sum(-1).view(-1, 1, 1).to(log_mass)
-        log_sinks, log_visual, log_others = (_log_of(log_mass, part) for part in (sinks, sinks & image, others))
+        parts, others, given = self._parts_of(inside, log_mass.dtype)
+        log_sinks, log_visual, log_others = log_sum_exp(log_mass[..., None, :] + parts).unbind(-1)
+        floor = self._floor(call.key_step, log_mass.dtype)
         centric = _centric(
-            log_visual.exp(), log_others.exp(), count, self.of.non_sink_ratio, self.of.min_image_mass
+            log_visual.exp(), log_others.exp(), floor, self.of.non_sink_ratio, self.of.min_image_mass
         ) & (log_others > -torch.inf)
-        taken = torch.tensor(self.of.transfer, dtype=log_mass.dtype, device=log_mass.device)
         base = log_others.masked_fill(~centric, 0)
-        gain = torch.logaddexp(base, taken.log() + log_sinks) - base
-        change = torch.where(sinks, (1 - taken).log(), torch.where(others, gain[..., None], 0.0))
-        return torch.where(centric[..., None], log_mass + change, log_mass)
+        gain = torch.logaddexp(base, log_sinks + math.log(self.of.transfer)) - base
+        return torch.where(centric[..., None], log_mass + (gain[..., None] * others + given), log_mass)
+
+    def _parts_of(self, inside: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Of atoms: what leaves the sinks, the visual ones and the other image tokens of them `[3, a]`; which are such
+        others, as 0 and 1; what sinks are multiplied with, as logarithms."""
+        known = self._latest
+        if known is None or known[0] is not inside or known[1][0].dtype != dtype:
+            sinks, image = inside
+            others = image & ~sinks
+            zero = torch.zeros(inside.shape[1], dtype=dtype, device=inside.device)
+            left = 1 - self.of.transfer
+            parts = torch.stack([zero.masked_fill(~part, -torch.inf) for part in (sinks, sinks & image, others)])
+            given = zero.masked_fill(sinks, math.log(left) if left else -torch.inf)
+            known = self._latest = (inside, (parts, others.to(dtype), given))
+        return known[1]
+
+    def _floor(self, step: Step, dtype: torch.dtype) -> Tensor:
+        """`[b 1 1]` what the denominator of the share gets for all image tokens."""
+        image = self.of.image
+        return step.once(
+            ("floor", image, dtype), lambda: EPSILON * image.members(step).sum(-1).view(-1, 1, 1).to(dtype)
+        )
 
 
 def visual_non_sink_ratio(
@@ -252,8 +278,8 @@ def image_centric_rows(
     _check_share("image_centric_rows", "min_image_mass", min_image_mass)
     image, visual = image_mask[:, None, None], (image_mask & sink_mask)[:, None, None]
     on_sinks, on_others = (weights * visual).sum(-1), (weights * (image & ~visual)).sum(-1)
-    count = image_mask.sum(-1).view(-1, 1, 1).to(weights)
-    centric = _centric(on_sinks, on_others, count, non_sink_ratio, min_image_mass)
+    floor = EPSILON * image_mask.sum(-1).view(-1, 1, 1).to(weights)
+    centric = _centric(on_sinks, on_others, floor, non_sink_ratio, min_image_mass)
     return centric & visual.any(-1)
 
 
@@ -295,16 +321,12 @@ def redistribute_attention(
 def _centric(
     on_sinks: Float[Tensor, "b h q"],
     on_others: Float[Tensor, "b h q"],
-    count: Float[Tensor, "b 1 1"],
+    floor: Float[Tensor, "b 1 1"],
     non_sink_ratio: float,
     min_image_mass: float,
 ) -> Bool[Tensor, "b h q"]:
     mass = on_sinks + on_others
-    return (on_sinks / (mass + EPSILON * count) <= 1 - non_sink_ratio) & (mass >= min_image_mass)
-
-
-def _log_of(log_mass: Float[Tensor, "b h t a"], part: Bool[Tensor, " a"]) -> Float[Tensor, "b h t"]:
-    return log_sum_exp(log_mass.masked_fill(~part, -torch.inf))
+    return (on_sinks / (mass + floor) <= 1 - non_sink_ratio) & (mass >= min_image_mass)
 
 
 def _check_share(where: str, name: str, value: float) -> None:
