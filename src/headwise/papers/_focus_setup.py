@@ -27,7 +27,7 @@ BOS, PAD, IMAGE, EOS = (ID[word] for word in ("<bos>", "<pad>", "<image>", "<eos
 IMAGE_TOKENS, PATCH = 16, 12
 LAYERS, HEADS, HIDDEN, INNER = 4, 8, 64, 128
 LEARNING_RATE, WARM_UP, INITIAL = 2e-3, 50, 0.1
-LISTING, NAMING, LESSONS = 0.2, 0.35, 0.6  # of the base's steps: lists among its lessons, from when panels are named
+LISTING, NAMING, LESSONS = 0.135, 0.4, 0.62  # of the base's steps: lists of shapes among its lessons, named panels
 EMPTY, SPARSE, TURNS = 0.5, 0.55, 5  # share of empty cells, that of the lessons' screens, questions of a lesson
 STAGES = (GroundingStage("summary", ";", 6), GroundingStage("analysis", ";", 8))
 COST = 0.05  # of accuracy, that a slow answer must be worth
@@ -37,8 +37,8 @@ COST = 0.05  # of accuracy, that a slow answer must be worth
 class Budget:
     """Steps and screens. steps: of the base. further: of each copy. pool: screens that the base labels."""
 
-    steps: int = 3000
-    further: int = 800
+    steps: int = 2700
+    further: int = 600
     batch: int = 32
     pool: int = 8192
     test: int = 1536
@@ -303,10 +303,11 @@ def trained(run: Run, budget: Budget) -> Trained:
     def fresh(step: int, generator: torch.Generator) -> Batch:
         if step >= LESSONS * budget.steps:
             return training_batch(screens_of(budget.batch, generator=generator), torch.zeros(budget.batch))
-        if step % 3 == 0 and step < LISTING * budget.steps:
-            return listing_batch(gui_screens(budget.batch, generator=generator), panels=step % 6 == 3)
+        naming = step > NAMING * budget.steps
+        if (step % 3 == 0 and step < LISTING * budget.steps) or (step % 6 == 3 and naming):
+            return listing_batch(gui_screens(budget.batch, generator=generator), panels=naming)
         sparse = gui_screens(budget.batch, mix=(1, 0, 0), empty=SPARSE, generator=generator)
-        return lesson_batch(sparse, generator, naming=step > NAMING * budget.steps)
+        return lesson_batch(sparse, generator, naming=naming)
 
     train(base, fresh, budget.steps, start, run, "base")
     run.log(f"labelling {budget.pool} screens that the base has not seen")

@@ -32,7 +32,7 @@ PAPER = Paper(
         "after trials with seed 0: a model of small initial weights that saw nothing but single questions stayed at "
         "chance, so weights start wider, half of the cells are empty (before, a quarter), and the base first lists "
         "what is where and answers several questions a screen; stages were not learned in 500 steps, so every copy has "
-        "800; criteria are as they were"
+        "600; criteria are as they were"
     ),
     claims=(
         Claim(
