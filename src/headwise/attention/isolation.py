@@ -216,12 +216,14 @@ def subject_parts(
     size: tuple[int, int] | None = None,
     *,
     queries: Bool[Tensor, "b s n"] | None = None,
+    lay: Bool[Tensor, "b s n"] | None = None,
     offset: int = 0,
 ) -> list[SubjectPart]:
     """The parts that `read_references` reads, one for each subject that has both a query and a key.
 
-    size: rows and columns of the tokens; where given, subjects are repositioned to their masks in the target.
-    queries: which of a subject's tokens read the reference, all when None. offset: tokens of text before the picture's.
+    size: rows and columns of the tokens; where given, references are repositioned to `lay`, their subjects' masks in
+    the target when None. queries: which of a subject's tokens read the reference, all when None. offset: tokens of text
+    before the picture's.
     """
     parts = []
     asking = subject_masks if queries is None else queries
@@ -230,7 +232,7 @@ def subject_parts(
             source = torch.arange(reference_masks.shape[2], device=subject_masks.device)
             source = torch.where(reference_masks[:, i], source, -1)
         else:
-            source = reposition_source(reference_masks[:, i], subject_masks[:, i], size)
+            source = reposition_source(reference_masks[:, i], (subject_masks if lay is None else lay)[:, i], size)
         rows, rows_real = _listed(asking[:, i])
         places, keys_real = _listed(source >= 0)
         if not rows.shape[1] or not places.shape[1]:

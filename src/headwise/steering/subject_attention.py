@@ -281,11 +281,16 @@ class SubjectAttention:
             if reference is not None:
                 asking = self._dropped(target, size)
                 keys = reference if self.reposition else self._dropped(reference, size)
-                place = size if self.reposition else None
-                parts = subject_parts(target, keys, place, queries=asking, offset=self._patch)
+                form = size if self.reposition else None
+                lay = self.place(target, size)
+                parts = subject_parts(target, keys, form, queries=asking, lay=lay, offset=self._patch)
         if own is None and not parts:
             return None
         return Plan(own, parts).repeated(self.halves)
+
+    def place(self, target: Tensor, size: tuple[int, int]) -> Tensor:
+        """Where references are laid, `[g s n]`: on their subjects."""
+        return target
 
     def _mapped(self, size: tuple[int, int]) -> Tensor | None:
         return None if self.maps is None else self.maps.references(size)

@@ -32,7 +32,7 @@ __all__ = [
     "subject_leakage",
 ]
 
-SHAPES = ("square", "disc", "plus", "frame")
+SHAPES = ("square", "disc", "triangle", "frame")
 TEXTURES = ("plain", "rows", "columns", "checks")
 GRID, CELL = 3, 6  # cells a side, pixels a cell
 SIZES = (4, 6)  # of a subject, in pixels
@@ -111,7 +111,7 @@ def render_subjects(
         [
             torch.ones_like(boxes),
             v.square() + u.square() <= half.square(),
-            (v < half / 2) | (u < half / 2),
+            dy >= dx,
             torch.maximum(v, u) > half / 2,
         ],
         2,
