@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -50,13 +51,20 @@ def by_hand(q, k, v, k_ref, v_ref, subjects, references, *, isolate=True, boost=
     return out
 
 
-def example(size=(4, 5), m_size=None, heads=2, dim=3, value=4, batch=1, subjects=2, dtype=torch.float32, large=1.0):
+def example(
+    size=(4, 5), m_size=None, heads=2, dim=3, value=4, batch=1, subjects=2, dtype=torch.float32, large=1.0
+) -> Any:
     n = size[0] * size[1]
     m = n if m_size is None else m_size
     shapes = [(batch, heads, n, dim), (batch, heads, n, dim), (batch, heads, n, value)]
     shapes += [(batch, subjects, heads, m, dim), (batch, subjects, heads, m, value)]
     return [large * torch.randn(shape, dtype=dtype) for shape in shapes]
 
+
+# Unpacked inputs have no length that a type checker knows.
+attend: Any = reference_attention
+loop: Any = by_hand
+sdpa: Any = F.scaled_dot_product_attention
 
 SIZE = (4, 5)
 TARGET = boxes(SIZE, (0, 1, 0, 2), (2, 3, 3, 4))
@@ -69,8 +77,8 @@ REFERENCE = boxes(SIZE, (1, 3, 1, 2), (0, 0, 0, 4))
 def test_one_softmax_over_what_each_query_may_read(implementation, isolate, boost, large):
     x = example(large=large)
     options = {"isolate": isolate, "boost": boost}
-    out = reference_attention(*x, TARGET, REFERENCE, **options, implementation=implementation)
-    wanted = by_hand(*x, TARGET, REFERENCE, **options)
+    out = attend(*x, TARGET, REFERENCE, **options, implementation=implementation)
+    wanted = loop(*x, TARGET, REFERENCE, **options)
     torch.testing.assert_close(out.double(), wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -86,9 +94,9 @@ def test_any_shape_and_any_disjoint_masks(rows, columns, batch, subjects, heads,
     reference = torch.rand(batch, subjects, m, generator=generator) < 0.5
     torch.manual_seed(seed)
     x = example((rows, columns), m, heads, 3, 2, batch, subjects, torch.float64)
-    wanted = by_hand(*x, target, reference)
+    wanted = loop(*x, target, reference)
     for implementation in ("gathered", "masked"):
-        out = reference_attention(*x, target, reference, implementation=implementation)
+        out = attend(*x, target, reference, implementation=implementation)
         torch.testing.assert_close(out, wanted, atol=1e-10, rtol=1e-10)
 
 
@@ -104,7 +112,8 @@ def test_other_subjects_have_no_gradient_at_all():
         q, k, v = ((states @ w).unflatten(-1, (2, 3)).transpose(1, 2) for w in weights)
         return reference_attention(q, k, v, x[3], x[4], subjects, subjects).transpose(1, 2).flatten(2)
 
-    jacobian = torch.autograd.functional.jacobian(layer, hidden)[0, :, :, 0].abs().sum((1, 3))  # [row, token]
+    whole: Any = torch.autograd.functional.jacobian(layer, hidden)
+    jacobian = whole[0, :, :, 0].abs().sum((1, 3))  # [row, token]
     for i, j in itertools.product(range(4), repeat=2):
         between = jacobian[labels == i][:, labels == j]
         if i and j and i != j:
@@ -117,7 +126,7 @@ def test_gradients_reach_references_and_agree():
     x = [part.requires_grad_() for part in example(dtype=torch.float64)]
     found = {}
     for implementation in ("gathered", "masked"):
-        out = reference_attention(*x, TARGET, REFERENCE, implementation=implementation, boost=0.3)
+        out = attend(*x, TARGET, REFERENCE, implementation=implementation, boost=0.3)
         found[implementation] = torch.autograd.grad(out.square().sum(), x)
     for one, other in zip(*found.values(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
@@ -146,11 +155,11 @@ def test_tokens_in_two_subjects():
     x = example(subjects=3)
     references = boxes(SIZE, (0, 0, 0, 1), (1, 1, 0, 1), (2, 2, 0, 1))
     for implementation in ("gathered", "masked"):
-        both = reference_attention(*x, masks, references, overlap="neither", implementation=implementation)
-        torch.testing.assert_close(both.double(), by_hand(*x, masks, references), atol=1e-5, rtol=1e-5)
-        later = reference_attention(*x, masks, references, overlap="later", implementation=implementation)
+        both = attend(*x, masks, references, overlap="neither", implementation=implementation)
+        torch.testing.assert_close(both.double(), loop(*x, masks, references), atol=1e-5, rtol=1e-5)
+        later = attend(*x, masks, references, overlap="later", implementation=implementation)
         settled = subject_labels(masks, overlap="later")[:, None] == torch.arange(1, 4)[:, None]
-        torch.testing.assert_close(later.double(), by_hand(*x, settled, references), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(later.double(), loop(*x, settled, references), atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="overlap is 'first'"):
         subject_labels.__wrapped__(masks, overlap="first")
 
@@ -160,10 +169,10 @@ def test_two_prohibitions_of_one_pair_make_no_nan():
     masks = torch.eye(20, dtype=torch.bool)[None, :5]
     x = example(subjects=5, large=30.0)
     for implementation in ("gathered", "masked"):
-        out = reference_attention(*x, masks, masks & False, boost=-20.0, implementation=implementation)
+        out = attend(*x, masks, masks & False, boost=-20.0, implementation=implementation)
         assert bool(torch.isfinite(out).all())
     half = [part.bfloat16() for part in x]
-    assert bool(torch.isfinite(reference_attention(*half, masks, masks)).all())
+    assert bool(torch.isfinite(attend(*half, masks, masks)).all())
 
 
 @pytest.mark.parametrize("which", ["subjects", "references"])
@@ -171,27 +180,27 @@ def test_without_queries_or_keys_it_is_the_isolated_target_alone(which):
     x = example()
     none = torch.zeros_like(TARGET)
     given_masks = (none, REFERENCE) if which == "subjects" else (TARGET, none)
-    out = reference_attention(*x, *given_masks)
-    alone = F.scaled_dot_product_attention(*x[:3], isolation_mask(given_masks[0])[:, None])
+    out = attend(*x, *given_masks)
+    alone = sdpa(*x[:3], isolation_mask(given_masks[0])[:, None])
     torch.testing.assert_close(out, alone)
 
 
 def test_neutral_masks_are_plain_attention():
     x = example(subjects=1)
     everywhere = torch.ones(1, 1, 20, dtype=torch.bool)
-    out = reference_attention(*x, everywhere, everywhere & False)
-    torch.testing.assert_close(out, F.scaled_dot_product_attention(*x[:3]))
-    same = reference_attention(*x[:3], x[1][:, None], x[2][:, None], everywhere, everywhere)
-    torch.testing.assert_close(same, F.scaled_dot_product_attention(*x[:3]))  # every key twice changes nothing
+    out = attend(*x, everywhere, everywhere & False)
+    torch.testing.assert_close(out, sdpa(*x[:3]))
+    same = attend(*x[:3], x[1][:, None], x[2][:, None], everywhere, everywhere)
+    torch.testing.assert_close(same, sdpa(*x[:3]))  # every key twice changes nothing
 
 
 def test_a_boost_is_a_factor_on_the_mass_of_references():
     """Keys of the reference repeated twice are a boost of log 2."""
     x = example(subjects=1)
     target, reference = TARGET[:, :1], REFERENCE[:, :1]
-    boosted = reference_attention(*x, target, reference, boost=math.log(2))
+    boosted = attend(*x, target, reference, boost=math.log(2))
     twice = [torch.cat([part, part], 3) for part in x[3:]]
-    doubled = reference_attention(*x[:3], *twice, target, torch.cat([reference, reference], -1))
+    doubled = attend(*x[:3], *twice, target, torch.cat([reference, reference], -1))
     torch.testing.assert_close(boosted, doubled)
 
 
@@ -279,11 +288,11 @@ def test_without_positions_equal_boxes_change_nothing():
     """Attention does not depend on the order of its keys: only a change of size, which repeats keys, is seen."""
     x = example((6, 6), subjects=1)
     target, here = boxes((6, 6), (3, 5, 3, 5)), boxes((6, 6), (0, 2, 1, 3))
-    plain = reference_attention(*x, target, here)
+    plain = attend(*x, target, here)
     flat = [part[:, 0].transpose(1, 2).flatten(2) for part in x[3:]]
     moved = [reposition(part, here[:, 0], target[:, 0], (6, 6)) for part in flat]
     laid = [part.unflatten(-1, (2, -1)).transpose(1, 2)[:, None] for part, _ in moved]
-    torch.testing.assert_close(reference_attention(*x[:3], *laid, target, moved[0][1][:, None]), plain)
+    torch.testing.assert_close(attend(*x[:3], *laid, target, moved[0][1][:, None]), plain)
     other = boxes((6, 6), (2, 5, 2, 5))
     parts = subject_parts(other, here, (6, 6))
     assert sorted(set(parts[0].keys[0].tolist())) == here[0, 0].nonzero().flatten().tolist()

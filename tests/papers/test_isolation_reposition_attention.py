@@ -1,4 +1,4 @@
-"""The run of isolation-reposition-attention: its worlds and conditions are what they are said to be; rows hold and fail."""
+"""The run of isolation-reposition-attention: worlds and conditions are what is said of them; rows hold and fail."""
 
 from typing import Any
 
@@ -103,9 +103,9 @@ def test_prompts_reach_the_networks(painters):
 def test_networks_learn(kind):
     first = Painter(kind)
     batch = setup.scene_batch(0, torch.Generator().manual_seed(99))
+    learned = setup.train_painter(kind, 0, 25)
     with torch.no_grad():
-        before = float(setup.flow_loss(first, batch))
-        after = float(setup.flow_loss(setup.train_painter(kind, 0, 25), batch))
+        before, after = (float(setup.flow_loss(one, batch)) for one in (first, learned))
     assert after < 0.5 * before
 
 
@@ -129,15 +129,14 @@ def test_conditions_change_targets_and_never_references(painters, kind, monkeypa
         torch.testing.assert_close(made[how][:, :2], plain[:, :2], atol=1e-4, rtol=1e-3)
         assert not torch.equal(made[how][:, 2], plain[:, 2]), how
         assert not painters[kind].network._forward_pre_hooks
-    same = torch.allclose(made[MASKS], made[REPOSITION], atol=1e-4)
-    assert same == (kind == "unet")
-    assert torch.allclose(made[REPOSITION], made[MISPLACED], atol=1e-4) == (kind == "unet")
+    if kind == "rotary":
+        assert not torch.allclose(made[REPOSITION], made[MISPLACED], atol=1e-4)
+        assert not torch.allclose(made[REPOSITION], made[MASKS], atol=1e-4)
 
 
-def looked(own: float, other: float = 0.0, distance: float = 1.0, n: int = 16, pictures: float = 0.0) -> Looks:
+def looked(own: float, other: float = 0.0, distance: float = 1.0, n: int = 16) -> Looks:
     wobble = 0.02 * torch.linspace(-1, 1, n)
-    painting = torch.full((n, 3, 3, 2, 2), pictures)
-    return Looks(own + wobble, other + wobble, own + wobble, distance + wobble, painting)
+    return Looks(own + wobble, other + wobble, own + wobble, distance + wobble, torch.zeros(n, 3, 3, 2, 2))
 
 
 def trained(changes: dict[tuple[str, Any, str], Looks] | None = None) -> Trained:
@@ -154,13 +153,12 @@ def trained(changes: dict[tuple[str, Any, str], Looks] | None = None) -> Trained
         near = kind == "unet" or place == "near"
         for how in setup.ROTARY_FAR:
             value = {NONE: 0.0, MASKS: 0.3 if near else 0.1, REPOSITION: 0.3, IR: 0.3}.get(how, 0.1)
-            moved = 0.5 if how == REPOSITION and kind == "rotary" else 0.0
-            made.looks[kind, place, how] = looked(value, pictures=moved)
+            made.looks[kind, place, how] = looked(value)
     made.looks |= changes or {}
     return made
 
 
-def everywhere(how: str, **figures: float) -> dict[tuple[str, Any, str], Looks]:
+def everywhere(how: str, **figures: Any) -> dict[tuple[str, Any, str], Looks]:
     return {("unet", number, how): looked(**figures) for number in NUMBERS}
 
 
@@ -182,9 +180,6 @@ def test_rows_hold_and_fail():
     assert not rows.consistency(trained({("rotary", "far", REPOSITION): looked(0.15)})).holds
     assert not rows.consistency(trained({("rotary", "far", REPOSITION): looked(0.05)})).holds
     assert rows.outperforms(good).holds and not rows.outperforms(trained(everywhere(MASACTRL, own=0.5))).holds
-    assert rows.resampling(good).holds
-    assert not rows.resampling(trained({("unet", "far", REPOSITION): looked(0.3, pictures=0.1)})).holds
-    assert not rows.resampling(trained({("rotary", "far", REPOSITION): looked(0.3)})).holds
 
 
 def test_isolation_closes_half_of_the_gap_and_stops_every_gradient(painters, monkeypatch):
@@ -206,6 +201,11 @@ def test_the_other_rows(painters, monkeypatch, tmp_path):
     made.painters = painters
     run = Run(find_paper("isolation-reposition-attention"), 0, "cpu", tmp_path)
     assert rows.same_place(run).holds and rows.definition(run).holds
+    same = rows.resampling(made)
+    assert same.holds and same.values["unet"] <= 1e-4
+    made.painters = {"unet": painters["rotary"], "rotary": painters["unet"]}
+    assert not rows.resampling(made).holds
+    made.painters = painters
     free = rows.training_free(made)
     assert free.values["references"] <= 1e-3
     for number in NUMBERS:

@@ -109,7 +109,7 @@ def test_a_layer_that_does_what_ours_does_equals_the_plain_processor(network):
     """A subject that is everything, reading a copy of its own picture: every key twice, which changes nothing."""
     everything = torch.ones(1, SIDE, SIDE, dtype=torch.bool)
     x = torch.randn(1, 4, SIDE, SIDE).expand(2, -1, -1, -1)
-    call = {"states": x}
+    call: dict[str, Any] = {"states": x}
     if isinstance(network, diffusers.DiTTransformer2DModel):
         for block in network.transformer_blocks:  # one class for both
             block.norm1.emb.class_embedder.embedding_table.weight.data[:] = 0.1
@@ -211,10 +211,11 @@ def attention_of(network: Any) -> tuple[str, Any]:
     raise AssertionError
 
 
-def by_hand(attn: Any, states: Tensor, subjects: Tensor, references: Tensor, size, *, move: bool, boost=0.0) -> Tensor:
+def by_hand(attn: Any, states: Tensor, masks: Any, size: tuple[int, int], *, move: bool, boost=0.0) -> Tensor:
     """The paper's layer in float64 with whole score matrices: canvas before the projections, one mask, one softmax."""
     w = lambda part, x: F.linear(x, part.weight.double(), None if part.bias is None else part.bias.double())  # noqa: E731
-    x, s = states.double(), len(subjects)
+    (subjects, references), x = masks, states.double()
+    s = len(subjects)
     split = lambda y: y.unflatten(-1, (attn.heads, -1)).transpose(0, 1)  # noqa: E731 [n c] -> [h n d]
     canvas, shown = [], []
     for i in range(s):
@@ -250,11 +251,11 @@ def test_a_layer_equals_the_papers_in_float64(kind, move):
         run(network, 3)
         hook.remove()
     states, out = seen[0]
-    small = [
+    small: Any = [
         F.interpolate(m[None].float(), size, mode="bilinear", align_corners=False)[0] > 0.5
         for m in (subjects, references)
     ]
-    wanted = by_hand(attention, states, *small, size, move=move, boost=0.7)
+    wanted = by_hand(attention, states, small, size, move=move, boost=0.7)
     torch.testing.assert_close(out[2].double(), wanted, atol=1e-5, rtol=1e-5)
 
 

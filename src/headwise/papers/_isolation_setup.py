@@ -62,7 +62,7 @@ class Painter(nn.Module):
     def __init__(self, kind: Kind, text: int = TEXT) -> None:
         super().__init__()
         self.kind = kind
-        self.network = _unet(text) if kind == "unet" else _rotary(text)
+        self.network: Any = _unet(text) if kind == "unet" else _rotary(text)
         self.shape, self.cell, self.size = nn.Embedding(4, text), nn.Embedding(CELLS, text), nn.Embedding(2, text)
         self.nothing = nn.Parameter(torch.randn(text))
         place = torch.linspace(-1, 1, TOKENS)
@@ -167,7 +167,7 @@ def train_painter(kind: Kind, seed: int, steps: int, log: Any = None) -> Painter
 
 
 @torch.no_grad()
-def paint(painter: Painter, prompts: Prompts, noise: Tensor, steps: int) -> Tensor:
+def paint(painter: Callable[..., Tensor], prompts: Prompts, noise: Tensor, steps: int) -> Tensor:
     """Pictures `[n 3 18 18]` from noise, by Euler's steps along the straight path to what is seen as the picture."""
     x = noise
     for i in range(steps):
@@ -247,10 +247,11 @@ def draw_group(n: int, s: int, seed: int, place: Literal["near", "far", "any"]) 
         words = torch.full((n, s + 1, MOST), nothing)
         words[:, :s, 0], words[:, s, :s] = reference, target
         said.append(words.flatten(0, 1))
+    prompts = Prompts(said[0], said[1], said[2])
     inside, boxes = drawn.masks[:, :s], drawn.boxes[:, :s]
     reference_inside, reference_boxes = (x.view(n, s, *x.shape[2:]) for x in (alone.masks, alone.boxes))
     coarse = [F.max_pool2d(x.float(), PATCH) > 0 for x in (boxes, reference_boxes)]
-    return Group(Prompts(*said), noise.flatten(0, 1), coarse[0], coarse[1], inside, reference_inside, seed)
+    return Group(prompts, noise.flatten(0, 1), coarse[0], coarse[1], inside, reference_inside, seed)
 
 
 class Misplaced(SubjectAttention):
@@ -271,7 +272,7 @@ def steered(network: Any, how: str, group: Group) -> SubjectAttention | None:
     """The context of a condition; None where nothing is done. References are read in all layers and steps, without
     mask dropout but in ConsiStory's; cross-attention is left alone, for these prompts say where a subject is."""
     common: dict[str, Any] = {"mutual_cross_attention": 0.0, "start_layer": 0}
-    exact = common | {"mask_dropout": 0.0}
+    exact: dict[str, Any] = common | {"mask_dropout": 0.0}
     everywhere = torch.ones_like(group.subjects)
     subjects, references = group.subjects, group.references
     if how == NONE:
@@ -280,7 +281,7 @@ def steered(network: Any, how: str, group: Group) -> SubjectAttention | None:
         masks = subjects if how == APART else shuffled(subjects, group.seed)
         return SubjectAttention(network, masks, **exact)
     if how == CONSISTORY:  # every query reads every reference's subject, half of it at each step
-        open_to_all = common | {"isolate": False, "reposition": False, "overlap": "neither"}
+        open_to_all: dict[str, Any] = common | {"isolate": False, "reposition": False, "overlap": "neither"}
         return SubjectAttention(network, everywhere, references, mask_dropout=0.5, seed=group.seed, **open_to_all)
     if how == STORY:  # every query reads a random half of every reference picture
         half = torch.rand(references.shape, generator=torch.Generator().manual_seed(group.seed)) < 0.5
@@ -288,7 +289,7 @@ def steered(network: Any, how: str, group: Group) -> SubjectAttention | None:
     if how == MASACTRL:  # a subject's queries read the reference only
         return SubjectAttention(network, subjects, references, isolate=False, reposition=False, boost=30.0, **exact)
     kind = Misplaced if how == MISPLACED else SubjectAttention
-    switches = {
+    switches: dict[str, Any] = {
         "isolate": how in (ISOLATE, IR, BOOSTED),
         "reposition": how in (IR, BOOSTED, REPOSITION, MISPLACED),
         "boost": 2.0 if how == BOOSTED else 0.0,

@@ -133,7 +133,8 @@ def with_references(q: Tensor, k: Tensor, v: Tensor, target: Tensor) -> Tensor:
     """`[batch h t d]`: the references' own attention before each target's."""
     if q.shape[1] == 1:
         return target
-    plain = F.scaled_dot_product_attention(*(x[:, :-1].flatten(0, 1) for x in (q, k, v)))
+    first, second, third = (x[:, :-1].flatten(0, 1) for x in (q, k, v))
+    plain = F.scaled_dot_product_attention(first, second, third)
     return torch.cat([plain.unflatten(0, (q.shape[0], -1)), target[:, None]], 1).flatten(0, 1)
 
 

@@ -107,7 +107,8 @@ class SubjectAttention:
         if not 0 <= threshold < 1:
             raise ValueError(f"{where}: threshold is {threshold}; expected at least 0 and below 1")
         self.network = _network(pipe)
-        self.isolate, self.reposition, self.boost, self.overlap = isolate, reposition, float(boost), overlap
+        self.isolate, self.reposition, self.boost = isolate, reposition, float(boost)
+        self.overlap: Overlap = overlap
         self.mix, self.dropout, self.seed, self.threshold = mutual_cross_attention, mask_dropout, seed, threshold
         self.start_layer, self.layers = start_layer, None if layers is None else frozenset(layers)
         self.start_step, self.steps = start_step, None if steps is None else frozenset(steps)
