@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from headwise.tasks.subject_consistency import (
-    SHAPES,
-    TEXTURES,
+    SUBJECT_SHAPES,
+    SUBJECT_TEXTURES,
     colour_distance,
     colour_histogram,
     draw_subjects,
@@ -58,9 +58,9 @@ def test_a_share_of_scenes_has_one_look():
 
 @pytest.mark.parametrize("size", [0, 1])
 def test_shapes_and_textures_can_be_told_apart(size):
-    masks = [scene([0.1], shapes=[shape], size=size).masks for shape in range(len(SHAPES))]
+    masks = [scene([0.1], shapes=[shape], size=size).masks for shape in range(len(SUBJECT_SHAPES))]
     assert all(not torch.equal(masks[i], masks[j]) for i in range(4) for j in range(i))
-    found = [scene([0.0], [texture], size=size) for texture in range(len(TEXTURES))]
+    found = [scene([0.0], [texture], size=size) for texture in range(len(SUBJECT_TEXTURES))]
     details = [patch_features(one.images, one.masks)[0, 0, 3:].view(3, 3)[:, 0] for one in found]  # red channel
     assert not details[0].any()
     for texture, which in ((1, 0), (2, 1), (3, 2)):  # rows, columns, checks

@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headwise.tasks.scene_shapes import hsv_to_rgb
+
 __all__ = [
-    "SHAPES",
-    "TEXTURES",
+    "SUBJECT_SHAPES",
+    "SUBJECT_TEXTURES",
     "SubjectScenes",
     "colour_distance",
     "colour_histogram",
@@ -32,8 +34,8 @@ __all__ = [
     "subject_leakage",
 ]
 
-SHAPES = ("square", "disc", "triangle", "frame")
-TEXTURES = ("plain", "rows", "columns", "checks")
+SUBJECT_SHAPES = ("square", "disc", "triangle", "frame")
+SUBJECT_TEXTURES = ("plain", "rows", "columns", "checks")
 GRID, CELL = 3, 6  # cells a side, pixels a cell
 SIZES = (4, 6)  # of a subject, in pixels
 MOST = 5  # subjects in a scene
@@ -45,7 +47,7 @@ class SubjectScenes:
     """n scenes with up to s subjects. An absent subject has cell -1, shape -1 and an empty mask.
 
     images: in [-1, 1]. cells: row * 3 + column. sizes: 0 or 1, for 4 or 6 pixels. masks: the pixels of each subject.
-    boxes: its square, from the top left corner of its cell. hues: in [0, 1). textures: places in TEXTURES.
+    boxes: its square, from the top left corner of its cell. hues: in [0, 1). textures: places in SUBJECT_TEXTURES.
     """
 
     images: Float[Tensor, "n 3 p p"]
@@ -77,7 +79,7 @@ def draw_subjects(
     def whole(most: int) -> Tensor:
         return torch.randint(most, (n, MOST), generator=generator)
 
-    shapes, sizes, textures = whole(len(SHAPES)), whole(len(SIZES)), whole(len(TEXTURES))
+    shapes, sizes, textures = whole(len(SUBJECT_SHAPES)), whole(len(SIZES)), whole(len(SUBJECT_TEXTURES))
     cells = torch.rand(n, GRID**2, generator=generator).argsort(1)[:, :MOST]
     hues = torch.rand(n, MOST, generator=generator)
     alike = torch.rand(n, 1, generator=generator) < shared
@@ -121,17 +123,11 @@ def render_subjects(
     dark = torch.stack([torch.zeros_like(boxes), dy % 2 == 1, dx % 2 == 1, (dy + dx) % 2 == 1], 2)
     pick = textures[..., None, None, None].expand(n, s, 1, side, side)
     light = torch.where(dark.gather(2, pick)[:, :, 0], DARK, 1.0)
-    colour = 2 * _rgb(hues)[..., None, None] * light[:, :, None] - 1  # n s 3 p p
+    colour = 2 * hsv_to_rgb(hues, 0.9, 1.0)[..., None, None] * light[:, :, None] - 1  # n s 3 p p
     images = (torch.full((n,), -0.7) if grounds is None else grounds)[:, None, None, None].expand(n, 3, side, side)
     for i in range(s):
         images = torch.where(masks[:, i, None], colour[:, i], images)
     return SubjectScenes(images.contiguous(), shapes, cells, sizes, hues, textures, masks, boxes)
-
-
-def _rgb(hues: Tensor) -> Tensor:
-    """Hues to `[..., 3]` of full brightness and saturation 0.9."""
-    place = (hues[..., None] + torch.tensor([0.0, 2 / 3, 1 / 3])) % 1.0 * 6
-    return 1 - 0.9 * (1 - ((place - 3).abs() - 1).clamp(0, 1))
 
 
 def mean_colours(images: Float[Tensor, "n c p w"], masks: Bool[Tensor, "n s p w"]) -> Float[Tensor, "n s c"]:
