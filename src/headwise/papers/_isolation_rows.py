@@ -280,10 +280,13 @@ def outperforms(made: Trained) -> Measured:
         name: tuple(float(made.pooled("unet", name, what).mean()) for what in ("own", "other", "colours"))
         for name in names
     }
+    rotary = {name: gained(made, "rotary", name, "far") for name in (MASKS, IR, *RIVALS)}
+    table_rotary = ", ".join(f"{name} {float(value.mean()):+.3f}" for name, value in rotary.items())
     return Measured(
         measured=f"likeness to the own reference {table[IR][0]:.3f}; to {rival} {said(lead)}",
         control="own / others' / own by histograms: "
-        + "; ".join(f"{name} " + " / ".join(f"{value:.3f}" for value in row) for name, row in table.items()),
+        + "; ".join(f"{name} " + " / ".join(f"{value:.3f}" for value in row) for name, row in table.items())
+        + f"; gain in the rotary transformer, far references: {table_rotary}",
         holds=margin >= 0,
         margin=margin,
         interval=interval(lead),

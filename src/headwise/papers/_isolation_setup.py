@@ -182,7 +182,7 @@ REPOSITION, MISPLACED, SWAPPED = "reposition", "laid elsewhere", "other's refere
 CONSISTORY, STORY, MASACTRL = "ConsiStory-like", "StoryDiffusion-like", "MasaCtrl-like"
 BOOSTED, APART, RANDOM = "IR, logits + 2", "isolation alone", "random isolation"
 RIVALS = (CONSISTORY, STORY, MASACTRL)
-NUMBERS, GROUPS, PLACED, EULER = (2, 3, 4, 5), 24, 48, 10  # subjects; pictures for each; with near and far; steps
+NUMBERS, GROUPS, PLACED, EULER = (2, 3, 4, 5), 16, 48, 10  # subjects; pictures for each; with near and far; steps
 FAR = 2  # cells
 
 
@@ -373,7 +373,7 @@ class Trained:
 
 
 MANY = (NONE, MASKS, ISOLATE, IR, *RIVALS, BOOSTED, APART, RANDOM)
-ROTARY_FAR = (NONE, MASKS, REPOSITION, IR, MISPLACED, SWAPPED)
+ROTARY_FAR = (NONE, MASKS, REPOSITION, IR, MISPLACED, SWAPPED, *RIVALS)
 
 
 def measure(made: Trained, kind: str, place: Any, group: Group, conditions: Sequence[str]) -> None:
