@@ -208,9 +208,11 @@ def test_the_other_rows(painters, monkeypatch, tmp_path):
     made.painters = painters
     free = rows.training_free(made)
     assert free.values["references"] <= 1e-3
-    for number in NUMBERS:
-        for how in setup.MANY:
-            made.looks["unet", number, how].pictures = torch.zeros(16, number + 1, 3, 18, 18)
+    for (_, place, _), one in made.looks.items():
+        one.pictures = torch.zeros(16, 3 if isinstance(place, str) else place + 1, 3, 18, 18)
+    made.looks["unet", 3, IR].pictures[1, -1] = 1.0
     rows.draw(run, made)
     assert run.figures[0].stat().st_size > 10_000
-    assert rows.samples(made, 3, [0, 1]).shape == (2 * 19, 7 * 19, 3)
+    found = rows.samples(made, ("unet", 3), (NONE, IR), [0, 1])
+    assert found.shape == (2 * 19, 5 * 19, 3)
+    assert found[19:37, 4 * 19 : 4 * 19 + 18].min() == 1 and found[:18, :18].max() == 0.5

@@ -351,21 +351,18 @@ def definition(run: Run) -> Measured:
 
 def draw(run: Run, made: Trained) -> None:
     path = run.out / f"{run.paper.slug}.png"
-    with figure(path, 3, width=5.2, height=4.2) as (sample, apart, place):
-        sample.imshow(samples(made, 3, range(4)), interpolation="nearest")
-        titles = ["ref 1", "ref 2", "ref 3", "none", "masks", "isolated", "IR"]
-        sample.set_xticks([9 + 19 * i for i in range(7)], titles, fontsize=7)
-        sample.set_yticks([])
-        sample.grid(visible=False)
-        sample.set_title("Three subjects, UNet")
+    with figure(path, 4, width=4.6, height=3.8) as (unet, apart, rotary, place):
+        sample_panel(unet, made, ("unet", 3), (NONE, MASKS, ISOLATE, IR), "Three subjects, UNet")
         names = (NONE, MASKS, CONSISTORY, STORY, MASACTRL, ISOLATE, IR)
-        labels = [name.replace(" ", "\n", 1).replace("-like", "-\nlike") for name in names]
+        labels = [name.replace(" ", "\n").replace("-like", "-\nlike") for name in names]
         values = [float(made.pooled("unet", name, "distance").mean()) for name in names]
         apart.bar(range(len(names)), values, color=COLOURS[0])
         references = float(torch.cat([made.apart[number] for number in NUMBERS]).mean())
         apart.axhline(references, color="#5b6168", linewidth=1, linestyle="--")
         apart.set_xticks(range(len(names)), labels, fontsize=6)
-        apart.set(ylabel="distance between colours", title="Subjects of a picture (dashed: references)")
+        apart.set(ylabel="distance between colours", title="Subjects of a picture, UNet")
+        shown = (NONE, MASKS, REPOSITION, MISPLACED)
+        sample_panel(rotary, made, ("rotary", "far"), shown, "Far references, rotary")
         series = {
             how: [float(gained(made, "rotary", how, where).mean()) for where in PLACES] for how in (MASKS, REPOSITION)
         }
@@ -373,15 +370,21 @@ def draw(run: Run, made: Trained) -> None:
     run.figures.append(path)
 
 
-def samples(made: Trained, number: int, items: Sequence[int]) -> np.ndarray:
-    """Rows of pictures in 0..1, one target a row: its references, then the target under four conditions."""
-    plain = made.looks["unet", number, NONE].pictures
-    rows = []
+def sample_panel(axes: Any, made: Trained, which: tuple[str, Any], conditions: Sequence[str], title: str) -> None:
+    """The first four targets: their references, then the target under each condition."""
+    number = made.looks[(*which, NONE)].pictures.shape[1] - 1
+    axes.imshow(samples(made, which, conditions, range(4)), interpolation="nearest")
+    titles = [f"ref {i + 1}" for i in range(number)] + [name.replace(" ", "\n") for name in conditions]
+    axes.set_xticks([9 + 19 * i for i in range(len(titles))], titles, fontsize=6)
+    axes.set_yticks([])
+    axes.grid(visible=False)
+    axes.set_title(title)
+
+
+def samples(made: Trained, which: tuple[str, Any], conditions: Sequence[str], items: Sequence[int]) -> np.ndarray:
+    """Rows of pictures in 0..1, one target a row: its references, then the target under each condition."""
+    plain, rows = made.looks[(*which, NONE)].pictures, []
     for i in items:
-        row = [
-            *plain[i, :number],
-            *(made.looks["unet", number, how].pictures[i, -1] for how in (NONE, MASKS, ISOLATE, IR)),
-        ]
-        edged = [nn.functional.pad(picture, (0, 1, 0, 1), value=1.0) for picture in row]
-        rows.append(torch.cat(edged, -1))
+        row = [*plain[i, :-1], *(made.looks[(*which, how)].pictures[i, -1] for how in conditions)]
+        rows.append(torch.cat([nn.functional.pad(picture, (0, 1, 0, 1), value=1.0) for picture in row], -1))
     return ((torch.cat(rows, -2) + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy()
