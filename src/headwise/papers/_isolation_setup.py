@@ -63,6 +63,7 @@ class Painter(nn.Module):
         super().__init__()
         self.kind = kind
         self.network: Any = _unet(text) if kind == "unet" else _rotary(text)
+        self.grid: Tensor
         self.shape, self.cell, self.size = nn.Embedding(4, text), nn.Embedding(CELLS, text), nn.Embedding(2, text)
         self.nothing = nn.Parameter(torch.randn(text))
         place = torch.linspace(-1, 1, TOKENS)
@@ -240,8 +241,8 @@ def draw_group(n: int, s: int, seed: int, place: Literal["near", "far", "any"]) 
     shapes, cells, sizes = (x[:, :s] for x in (drawn.shapes, drawn.cells, drawn.sizes))
     there = torch.randint(CELLS, (n, s), generator=generator) if place == "any" else cells
     there = far_cells(cells, generator) if place == "far" else there
-    single = [x.reshape(-1, 1) for x in (shapes, there, sizes)]
-    alone = render_subjects(*single, torch.zeros(n * s, 1), torch.zeros(n * s, 1, dtype=torch.long))
+    shape, cell, size = (x.reshape(-1, 1) for x in (shapes, there, sizes))
+    alone = render_subjects(shape, cell, size, torch.zeros(n * s, 1), torch.zeros(n * s, 1, dtype=torch.long))
     said = []
     for target, reference, nothing in ((shapes, shapes, -1), (cells, there, -1), (sizes, sizes, 0)):
         words = torch.full((n, s + 1, MOST), nothing)
