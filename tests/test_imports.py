@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "memory": {"ops", "attend", "hf", "attention", "slots"},
     "models": {"ops", "attend", "hf", "attention", "slots", "memory"},
     "heads": {"ops", "attend", "hf", "tasks"},
-    "steering": {"ops", "attend", "hf", "tasks", "heads"},
+    "steering": {"ops", "attend", "attention", "hf", "tasks", "heads"},
     "adversarial": {"attend", "hf"},
     "training": BELOW_TRAINING | {"adversarial"},
     "recipes": BELOW_TRAINING | {"training"},
