@@ -136,9 +136,9 @@ def _pretrained(source: str, name: str, device: torch.device, dtype: torch.dtype
         config = _attempt(lambda: AutoConfig.from_pretrained(source, trust_remote_code=False), name, local)
         model_class = _model_class(config, name)
     else:
-        found = own(written["model_type"], next(iter(written.get("architectures") or []), ""))
-        model_class: Any = found
-        config = _attempt(lambda: found.config_class.from_pretrained(source), name, local)
+        model_class = own(written["model_type"], next(iter(written.get("architectures") or []), ""))
+        reads: Any = model_class.config_class
+        config = _attempt(lambda: reads.from_pretrained(source), name, local)
     options = {"config": config, "use_safetensors": True, "dtype": dtype or "auto", "output_loading_info": True}
     model, info = _attempt(lambda: model_class.from_pretrained(source, **options), name, local)
     missing = sorted(info["missing_keys"])
