@@ -536,5 +536,13 @@ def test_benchmarks_come_from_the_registry(document, call, monkeypatch):
     assert "skipped: not installed" in call("bench")[1]
 
 
+def test_benchmarks_list_their_inputs(document, call):
+    assert {"kv", "steering"} <= set(document("bench", "--list")["benchmarks"])
+    found = document("bench", "kv", "steering", "--list")
+    assert marked(found)
+    assert list(found["inputs"]) == ["kv", "steering"] and "32,768 tokens" in found["inputs"]["kv"]
+    assert call("bench", "kv", "--list")[1].splitlines() == found["inputs"]["kv"]
+
+
 def test_offline_stays_offline():
     assert os.environ["HF_HUB_OFFLINE"] == "1"

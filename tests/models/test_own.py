@@ -67,6 +67,9 @@ def test_a_multimodal_network_is_loaded(tmp_path: Path):
 def test_what_this_release_has_not(tmp_path: Path):
     with pytest.raises(InputError, match="Later of type headwise-later is none that this headwise release has"):
         own_class("headwise-later", "Later")
+    for odd in ("headwise-", "headwise-small-vit.deep", "headwise-../davit"):
+        with pytest.raises(InputError, match="is none that this headwise release has"):
+            own_class(odd, "SmallViT")
     small().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["torch"]}))

@@ -112,7 +112,10 @@ class OutputEdit(Edit):
     """Changes the output of a head, before the output projection mixes heads."""
 
     def change(self, out: Tensor, call: Call) -> Tensor:
-        """`[b t h e]` of the named heads (numbered by `call.heads`) to the same shape."""
+        """`[b t h e]` of the named heads (numbered by `call.heads`) to the same shape.
+
+        out may be a view of the outputs of all heads: return new values, do not write into it.
+        """
         raise NotImplementedError
 
 

@@ -32,9 +32,8 @@ def unavailable() -> str | None:
 
 def ready() -> bool:
     """Whether the kernel can be used here without compiling it: this process or an earlier one has done so."""
-    if _off() or not (_built.cache_info().currsize or any(target.exists() for target in _target()[1:])):
-        return False
-    return _built()[1] is None
+    target = _target()
+    return not _off() and target is not None and target.exists() and _built()[1] is None
 
 
 def _off() -> bool:
@@ -63,28 +62,26 @@ def _folder() -> Path:
 
 
 @cache
-def _target() -> tuple[str] | tuple[str, Path]:
-    """The compiler and where its kernel lies or will lie; or why there is none."""
+def _target() -> Path | None:
+    """Where the kernel of this compiler and processor lies, or will lie; None where there is no compiler."""
     compiler = _compiler()
     if compiler is None:
-        return ("no C++ compiler was found (CXX, g++, clang++)",)
+        return None
     parts = [SOURCE.read_bytes(), *(x.encode() for x in (compiler, " ".join(FLAGS), _processor()))]
-    return compiler, _folder() / f"neighborhood-{hashlib.sha256(bytes(1).join(parts)).hexdigest()[:16]}.so"
+    return _folder() / f"neighborhood-{hashlib.sha256(bytes(1).join(parts)).hexdigest()[:16]}.so"
 
 
 @cache
 def _built() -> tuple[ctypes.CDLL | None, str | None]:
     """The loaded kernel, or the reason why there is none."""
-    compiler, *targets = _target()
-    if not targets:
-        return None, compiler
-    target = targets[0]
+    compiler, target = _compiler(), _target()
+    if compiler is None or target is None:
+        return None, "no C++ compiler was found (CXX, g++, clang++)"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
-            with tempfile.TemporaryDirectory(
-                dir=target.parent
-            ) as scratch:  # renamed when complete: others may build it too
+            # Renamed when complete: others may build it too.
+            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
                 made = Path(scratch) / target.name
                 command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
                 done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)

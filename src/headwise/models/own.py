@@ -17,8 +17,10 @@ def own_class(model_type: str, name: str) -> type[PreTrainedModel]:
 
     Raises InputError where this release has no such network.
     """
-    place = f"headwise.models.{model_type.removeprefix(PREFIX).replace('-', '_')}"
-    found = getattr(import_module(place), name, None) if find_spec(place) is not None else None
+    file = model_type.removeprefix(PREFIX).replace("-", "_")
+    place = f"headwise.models.{file}"
+    known = file.isidentifier() and find_spec(place) is not None
+    found = getattr(import_module(place), name, None) if known else None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise InputError(f"model: {name or 'a network'} of type {model_type} is none that this headwise release has")
     return found
