@@ -226,6 +226,44 @@ def test_a_few_steps_lower_the_loss(run):
         assert float(setup.loss(model, batch)) < before - 0.3
 
 
+def spoken(batch: setup.Batch) -> list[tuple[list[str], list[str]]]:
+    """The words of each row, and those that count."""
+    words = [[setup.WORDS[i] for i in row] for row in batch.ids.tolist()]
+    return [
+        (row, [word for word, counts in zip(row, counted, strict=True) if counts])
+        for row, counted in zip(words, batch.counted.tolist(), strict=True)
+    ]
+
+
+def test_the_base_lists_what_is_there():
+    screens = gui_screens(12, seed=3)
+    for panels, texts in ((False, screens.listings()), (True, screens.summaries())):
+        for (row, said), text in zip(spoken(setup.listing_batch(screens, panels=panels)), texts, strict=True):
+            assert said == text.split() and ("panel" in row[17:20]) == panels
+    assert screens.listings()[0].split()[int(screens.target[0])] == screens.instructions()[0].split()[0]
+
+
+@pytest.mark.parametrize("naming", [False, True])
+def test_lessons_ask_for_icons_that_are_there_once(naming):
+    screens = gui_screens(24, mix=(1, 0, 0), empty=setup.SPARSE, seed=4)
+    batch = setup.lesson_batch(screens, torch.Generator().manual_seed(0), naming=naming)
+    asked = 0
+    for number, (row, said) in enumerate(spoken(batch)):
+        shapes = screens.listings()[number].split()
+        turns = " ".join(word for word in row[17:] if word != "<pad>").split("<eos>")[:-1]
+        assert said == " ".join(turn.split(":")[1] + " <eos>" for turn in turns).split() and 1 <= len(turns) <= 5
+        for turn in turns:
+            question, answer = (part.split() for part in turn.split(":"))
+            tag, x, y = answer
+            cell = int(x) // 250 + 4 * (int(y) // 250)
+            assert tag == "<fast>" and shapes[cell] == question[0] and shapes.count(question[0]) == 1
+            assert naming or len(question) == 1
+            named = {1: 0, 4: 1, 7: 2}[len(question)]
+            assert " ".join(question) == screens.instruction(number, cell, named)
+            asked += named
+    assert bool(asked) == naming
+
+
 def test_labels_come_from_screens_that_the_base_has_not_seen(run, monkeypatch):
     seeds: list[int | None] = []
     draw = setup.gui_screens
