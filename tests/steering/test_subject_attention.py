@@ -624,3 +624,28 @@ def test_masks_from_the_previous_steps_maps():
         known = run(network, 3, 800.0)
     assert not torch.allclose(known, second, atol=1e-4)
     assert AttentionMaps([[0]], None).target((4, 4)) is None
+
+
+def test_given_masks_serve_the_first_steps_and_maps_the_later():
+    """The authors' sam_step."""
+    network = unet()
+    words: dict[str, Any] = {"tokens": [[0], [1]], "reference_tokens": [[0], [0, 1]], **EXACT}
+    times = 900.0, 800.0, 700.0
+
+    def drawn(*given: Any, **options: Any) -> list[Tensor]:
+        with SubjectAttention(network, *given, **words, **options):
+            return [run(network, 3, time) for time in times]
+
+    with SubjectAttention(network, TWO, ELSEWHERE, **EXACT):
+        masked = [run(network, 3, time) for time in times]
+    both, mapped = drawn(TWO, ELSEWHERE, mask_steps=2), drawn(None)
+    torch.testing.assert_close(both[:2], masked[:2], atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(both[2], masked[2], atol=1e-4)
+    torch.testing.assert_close(drawn(TWO, ELSEWHERE, mask_steps=3), masked, atol=1e-6, rtol=1e-5)
+    assert torch.isfinite(both[2]).all() and not torch.allclose(mapped[1], masked[1], atol=1e-4)
+    with pytest.raises(ValueError, match="mask_steps is 0"):
+        SubjectAttention(network, TWO, mask_steps=0)
+    with pytest.raises(ValueError, match="with mask_steps give tokens"):
+        SubjectAttention(network, TWO, mask_steps=1)
+    with pytest.raises(ValueError, match="masks of 2 subjects for 1 targets, tokens of 1"):
+        SubjectAttention(network, TWO, mask_steps=1, tokens=[[0]])

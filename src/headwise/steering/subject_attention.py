@@ -59,7 +59,8 @@ class SubjectAttention:
     queries, and without reposition of its reference's tokens, that is left out of the reading, drawn anew at every
     step from `seed`. overlap: see `isolation_mask`. threshold: masks are resized bilinearly to each layer's tokens and
     are set where they exceed it. tokens: places of each subject's words in the target's prompt; reference_tokens in
-    its own reference's; both only where masks come from attention maps.
+    its own reference's; both only where masks come from attention maps. mask_steps: masks that are given, of one
+    target, serve so many steps, and attention maps the later ones (the authors' `sam_step`); None: all steps.
 
     Raises ValueError and TypeError for masks that are empty, not 0 and 1, overlap, or do not fit each other, and for
     options out of range; UnsupportedModel, on entry, for attention with keys of its own (IP-Adapter, added keys), fused
@@ -96,6 +97,7 @@ class SubjectAttention:
         threshold: float = 0.5,
         tokens: list[list[int]] | None = None,
         reference_tokens: list[list[int]] | None = None,
+        mask_steps: int | None = None,
     ) -> None:
         where = "SubjectAttention"
         if not 0 <= mutual_cross_attention <= 1:
@@ -112,14 +114,20 @@ class SubjectAttention:
         self.mix, self.dropout, self.seed, self.threshold = mutual_cross_attention, mask_dropout, seed, threshold
         self.start_layer, self.layers = start_layer, None if layers is None else frozenset(layers)
         self.start_step, self.steps = start_step, None if steps is None else frozenset(steps)
+        if mask_steps is not None and (mask_steps < 1 or subject_masks is None):
+            raise ValueError(
+                f"{where}: mask_steps is {mask_steps}; expected at least 1, and subject_masks for these steps"
+            )
+        self.mask_steps = mask_steps
         self.maps: AttentionMaps | None = None
         self.subjects: Tensor | None = None
         self.reference: Tensor | None = None
-        if subject_masks is None:
+        if subject_masks is None or mask_steps is not None:
             if not tokens or (reference_tokens is not None and len(reference_tokens) != len(tokens)):
-                raise ValueError(f"{where}: without subject_masks give tokens, and as many reference_tokens")
+                missing = "without subject_masks" if mask_steps is None else "with mask_steps"
+                raise ValueError(f"{where}: {missing} give tokens, and as many reference_tokens")
             self.maps = AttentionMaps(tokens, reference_tokens)
-        else:
+        if subject_masks is not None:
             self.subjects = _binary(subject_masks, "subject_masks")
             subject_labels(self.subjects.flatten(2), overlap=overlap)
         if reference_masks is not None:
@@ -132,6 +140,14 @@ class SubjectAttention:
             if bool((empty := ~self.reference.flatten(2).any(-1)).any()):
                 first = empty.nonzero()[0].tolist()
                 raise ValueError(f"{where}: reference_masks is empty for subject {first[1]} of target {first[0]}")
+        if self.subjects is not None and self.maps is not None:
+            shape, named = tuple(self.subjects.shape[:2]), reference_tokens is not None
+            if shape != (1, len(tokens or ())) or named != (self.reference is not None):
+                raise ValueError(
+                    f"{where}: mask_steps with masks of {shape[1]} subjects for {shape[0]} targets, tokens of "
+                    f"{len(tokens or ())}, reference_masks {'not ' * (self.reference is None)}given and "
+                    f"reference_tokens {'' if named else 'not '}given; expected the same subjects of one target in all"
+                )
         self.references = self.reference is not None or reference_tokens is not None
         self.groups, self.count = (1, len(tokens or ())) if self.subjects is None else self.subjects.shape[:2]
         self.step = -1
@@ -262,9 +278,14 @@ class SubjectAttention:
 
     def target_masks(self, tokens: int) -> Tensor | None:
         """`[groups, s, tokens]` masks in the target at a layer's resolution; None while there are none."""
-        if self.subjects is not None:
+        if self.subjects is not None and self._given:
             return self._resized(self.subjects, self.grid(tokens))
         return None if self.maps is None else self.maps.target(self.grid(tokens))
+
+    @property
+    def _given(self) -> bool:
+        """Whether masks that were given serve this step."""
+        return self.mask_steps is None or self.step < self.mask_steps
 
     def _make(self, tokens: int, reading: bool) -> Plan | None:
         size = self.grid(tokens)
@@ -278,7 +299,8 @@ class SubjectAttention:
             own = None if bool(seen.all()) else F.pad(seen, (self._patch, 0, self._patch, 0), value=True)
         parts = []
         if reading:
-            reference = self._mapped(size) if self.reference is None else self._resized(self.reference, size)
+            known = self.reference if self._given else None
+            reference = self._mapped(size) if known is None else self._resized(known, size)
             if reference is not None:
                 asking = self._dropped(target, size)
                 keys = reference if self.reposition else self._dropped(reference, size)
@@ -354,7 +376,7 @@ def _call(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, Any, tuple
             f"SubjectAttention: {type(module).__name__} was called with states of shape {tuple(states.shape)}; "
             "expected pictures [b, c, h, w], or tokens together with img_ids given by name"
         )
-    patch: Any = getattr(module, "patch_size", None) or 1
+    patch: Any = getattr(getattr(module, "config", None), "patch_size", None) or 1
     return states.shape[0], timestep, (states.shape[2] // patch, states.shape[3] // patch), 0
 
 
