@@ -7,7 +7,7 @@ row of scores, which the formula does not count.
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks import Benchmark, Variant, setting
 from benchmarks._parts import OURS, Part, Way, Work, benchmark_of, draw, of_module, place
 from headwise.attention import SoftmaxAttention
+from headwise.attention import _sparsifiner_cpp as cpp
 from headwise.attention.softmax import split_heads
 from headwise.attention.sparsifiner import (
     ConnectivityPredictor,
@@ -26,9 +27,11 @@ from headwise.attention.sparsifiner import (
 )
 
 HEADS, WIDTH = 6, 64
+Implementation = Literal["auto", "masked", "gather", "cpp"]
 TOKENS, KEEPS = (197, 577, 2305), (0.25, 0.05)
 KEEP = 0.25  # of the series
 RELEASED = "as released: a dense map, masked"
+TORCH = "headwise, torch alone"
 
 
 def layer(tokens: int) -> SparsifinerAttention:
@@ -53,13 +56,18 @@ def released(layer: SparsifinerAttention, x: Tensor) -> Tensor:
     return layer.proj((weights @ v).transpose(1, 2).flatten(2))
 
 
-def work(tokens: int, as_released: bool) -> Work:
-    x = draw((1, tokens, HEADS * WIDTH))[0]
-    return of_module(layer(tokens), x, function=released if as_released else None)
+def work(tokens: int, as_released: bool, implementation: Implementation = "auto") -> Work:
+    x, made = draw((1, tokens, HEADS * WIDTH))[0], layer(tokens)
+    made.implementation = implementation
+    return of_module(made, x, function=released if as_released else None)
 
 
 def ways(tokens: int) -> dict[str, Way]:
-    return {OURS: partial(work, tokens, False), RELEASED: partial(work, tokens, True)}
+    return {
+        OURS: partial(work, tokens, False),
+        TORCH: partial(work, tokens, False, "masked"),
+        RELEASED: partial(work, tokens, True),
+    }
 
 
 def softmax(tokens: int) -> Way:
@@ -112,12 +120,24 @@ def choice(tokens: int, keep: float) -> Callable[[], Any]:
     return lambda: predictor(tokens, keep)(q, k)
 
 
+def compiled(tokens: int, keep: float) -> Callable[[], Any]:
+    q, k, v = inputs(tokens)
+    return lambda: predictor(tokens, keep).attend_compiled(q, k, v, WIDTH**-0.5)
+
+
+def no_kernel() -> str | None:
+    if setting.device != "cpu" or setting.dtype != "float32":
+        return "for float32 on processors"
+    return cpp.KERNEL.unavailable()
+
+
 def variants(tokens: int, keep: float) -> list[Variant]:
     return [
         Variant("fused, all keys", partial(dense, tokens)),
         Variant("chosen keys, masked", partial(given, tokens, keep, False)),
         Variant("chosen keys, gathered", partial(given, tokens, keep, True)),
         Variant("choosing them", partial(choice, tokens, keep)),
+        Variant("choosing and attending, C++ kernel", partial(compiled, tokens, keep), no_kernel()),
     ]
 
 
@@ -132,6 +152,8 @@ def check() -> None:
     bound = 1e-5 if setting.dtype == "float32" else 2e-2
     masked, gathered = (given(197, 0.25, gather)() for gather in (False, True))
     torch.testing.assert_close(gathered, masked, rtol=bound, atol=bound)
+    if no_kernel() is None:
+        torch.testing.assert_close(compiled(197, 0.25)(), masked, rtol=bound, atol=bound)
     if setting.dtype == "float32":  # narrower scores tie, and ties may be cut differently
         torch.testing.assert_close(work(197, True)[0](), work(197, False)[0](), rtol=1e-3, atol=bound)
 

@@ -407,8 +407,8 @@ def test_the_kernels_gradients_are_slopes_of_the_loops(rule):
     directions = [torch.randn_like(x) for x in inputs]
     sides = []
     for step in (1e-5, -1e-5):
-        *moved, bias = (x + step * one for x, one in zip(inputs, directions, strict=True))
-        sides.append((by_loops(*moved, rules, bias) * upstream).sum())
+        q, k, v, bias = (x + step * one for x, one in zip(inputs, directions, strict=True))
+        sides.append((by_loops(q, k, v, rules, bias) * upstream).sum())
     slope = (sides[0] - sides[1]) / 2e-5
     q, k, v, bias = leaves = [x.float().requires_grad_() for x in inputs]
     out = neighborhood_attention(

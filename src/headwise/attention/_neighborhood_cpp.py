@@ -103,18 +103,17 @@ def backward(
         offset = offset - grad_lse
     if all(axis.dilation == 1 for axis in axes):
         return _group_backward(grad_out, offset, q, k, v, bias, lse, tuple(axes), scale)
-    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    grad_q, grad_k, grad_v = grads = [x.new_empty(x.shape) for x in (q, k, v)]
     grad_bias = None if bias is None else torch.zeros_like(bias)
     for where, inner in groups_of(axes):
         places = (slice(None), slice(None), *where)
-        *found, more = _group_backward(
-            *(x[places] for x in (grad_out, offset, q, k, v)), bias, lse[places], inner, scale
-        )
+        cut = [x[places] for x in (grad_out, offset, q, k, v)]
+        *found, more = _group_backward(cut[0], cut[1], cut[2], cut[3], cut[4], bias, lse[places], inner, scale)
         for whole, one in zip(grads, found, strict=True):
             whole[places] = one
         if grad_bias is not None and more is not None:
             grad_bias += more
-    return *grads, grad_bias
+    return grad_q, grad_k, grad_v, grad_bias
 
 
 def _group_backward(
@@ -131,13 +130,14 @@ def _group_backward(
     grad_out, offset, q, k, v, lse = (x.contiguous() for x in (grad_out, offset, q, k, v, lse))
     bias = None if bias is None else bias.contiguous()
     if not q.numel() or not v.numel():
-        return *(torch.zeros_like(x) for x in (q, k, v)), None if bias is None else torch.zeros_like(bias)
+        none = None if bias is None else torch.zeros_like(bias)
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), none
     grid = _Grid(q, k, v, axes)
     # An item adds up its own keys, values and bias; the parts of one pair of batch and head are added here.
     grad_q = torch.empty_like(q)
-    grad_k, grad_v = (x.new_empty(grid.parts, *x.shape) for x in (k, v))
+    of_k, of_v = (x.new_empty(grid.parts, *x.shape) for x in (k, v))
     grad_bias = None if bias is None else bias.new_zeros(q.shape[0] * grid.parts, *bias.shape)
-    tensors = (q, k, v, grad_out, lse, offset, grad_q, grad_k, grad_v, grad_bias, bias)
+    tensors = (q, k, v, grad_out, lse, offset, grad_q, of_k, of_v, grad_bias, bias)
     grid.run("headwise_neighborhood_backward", tensors, scale)
-    grad_k, grad_v = (x[0] if grid.parts == 1 else x.sum(0) for x in (grad_k, grad_v))
+    grad_k, grad_v = (x[0] if grid.parts == 1 else x.sum(0) for x in (of_k, of_v))
     return grad_q, grad_k, grad_v, None if grad_bias is None else grad_bias.sum(0)
