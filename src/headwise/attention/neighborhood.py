@@ -39,7 +39,7 @@ __all__ = [
 Size = int | Sequence[int]
 Flag = bool | Sequence[bool]
 BACKENDS = ("auto", "reference", "tiled", "cpp", "flex", "natten")
-# Query-key pairs of all heads from which a call compiles the C++ kernel, which takes about 3 seconds once on a machine
+# Query-key pairs of all heads from which a call compiles the C++ kernel, which takes 3 to 4 seconds once on a machine
 # (1,500 calls of 28 x 28 with kernel 7 repay it). Calling it is ahead of tiles at every size: 1.7 times at 4 x 4.
 CPP_PAIRS = 2**17
 
