@@ -667,6 +667,6 @@ def test_the_kernel_can_be_turned_off_and_says_why(tmp_path):
         return done.stdout.strip()
 
     assert reason(HEADWISE_CPP="0") == "HEADWISE_CPP is 0"
-    nothing = reason(PATH="", CXX="", XDG_CACHE_HOME=str(tmp_path))
+    nothing = reason(PATH="", CXX="", HEADWISE_CPP="1", XDG_CACHE_HOME=str(tmp_path))
     assert nothing == "no C++ compiler was found (CXX, g++, clang++)"
     assert set(neighborhood_backends()) == {"reference", "tiled", "cpp", "flex", "natten"}

@@ -170,35 +170,6 @@ extern "C" void headwise_sparsifiner_choose(const float* coefficients, const flo
     }
 }
 
-// The sums of the lanes of W vectors, as one.
-static inline vec lane_sums(const vec* x) {
-#if defined(__AVX512F__)
-    // Four vectors are folded into one with their sums in each quarter, and four of those into one again.
-    const auto fold = [](vec x, vec y) {
-        const __m512 a = reinterpret_cast<__m512>(x), b = reinterpret_cast<__m512>(y);
-        return _mm512_castps_pd(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
-    };
-    __m512 four[4];
-    for (int i = 0; i < 4; ++i) {
-        const __m512d a = fold(x[4 * i], x[4 * i + 1]), b = fold(x[4 * i + 2], x[4 * i + 3]);
-        four[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)) + _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-    }
-    const auto halves = [](__m512 a, __m512 b) {
-        return _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
-    };
-    const __m512 a = halves(four[0], four[1]), b = halves(four[2], four[3]);
-    return reinterpret_cast<vec>(_mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd));
-#else
-    vec sums;
-    for (int i = 0; i < W; ++i) {
-        float sum = 0;
-        for (int j = 0; j < W; ++j) sum += x[i][j];
-        sums[i] = sum;
-    }
-    return sums;
-#endif
-}
-
 // to[j] = a . key places[j] of the tile, for 1 to W keys of C vectors, or of `channels` where C is 0; what follows them
 // in `to` has no meaning.
 template <int C>
