@@ -1,13 +1,14 @@
 """Sparsifiner's layers beside layers of fused attention over all keys and the released form, which masks a dense map;
-6 heads of 64 channels as in DeiT-S, a quarter of the keys. Then attention alone, the choice made beforehand.
+6 heads of 64 channels as in DeiT-S, a quarter of the keys and a twentieth. Then attention alone, the choice made
+beforehand, and the C++ kernel that makes it too.
 
-The share of multiply-adds that the closed formula leaves stands in the name of those inputs. Choosing keys sorts each
-row of scores, which the formula does not count.
+The share of multiply-adds that the closed formula leaves stands in the name of those inputs. Choosing keys goes through
+each row of scores, which the formula does not count.
 """
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks import Benchmark, Variant, setting
 from benchmarks._parts import OURS, Part, Way, Work, benchmark_of, draw, of_module, place
 from headwise.attention import SoftmaxAttention
+from headwise.attention import _sparsifiner_cpp as cpp
 from headwise.attention.softmax import split_heads
 from headwise.attention.sparsifiner import (
     ConnectivityPredictor,
@@ -26,14 +28,15 @@ from headwise.attention.sparsifiner import (
 )
 
 HEADS, WIDTH = 6, 64
+Implementation = Literal["auto", "masked", "gather", "cpp"]
 TOKENS, KEEPS = (197, 577, 2305), (0.25, 0.05)
-KEEP = 0.25  # of the series
 RELEASED = "as released: a dense map, masked"
+TORCH = "headwise, torch alone"
 
 
-def layer(tokens: int) -> SparsifinerAttention:
+def layer(tokens: int, keep: float) -> SparsifinerAttention:
     torch.manual_seed(0)
-    made = SparsifinerAttention(HEADS * WIDTH, HEADS, tokens, keep=KEEP).eval()
+    made = SparsifinerAttention(HEADS * WIDTH, HEADS, tokens, keep=keep).eval()
     with torch.no_grad():  # a basis that is not all below the threshold, as after training
         made.mask_predictor.proj_back_n.normal_(std=0.05)
     return made
@@ -53,13 +56,18 @@ def released(layer: SparsifinerAttention, x: Tensor) -> Tensor:
     return layer.proj((weights @ v).transpose(1, 2).flatten(2))
 
 
-def work(tokens: int, as_released: bool) -> Work:
-    x = draw((1, tokens, HEADS * WIDTH))[0]
-    return of_module(layer(tokens), x, function=released if as_released else None)
+def work(tokens: int, keep: float, as_released: bool, implementation: Implementation = "auto") -> Work:
+    x, made = draw((1, tokens, HEADS * WIDTH))[0], layer(tokens, keep)
+    made.implementation = implementation
+    return of_module(made, x, function=released if as_released else None)
 
 
-def ways(tokens: int) -> dict[str, Way]:
-    return {OURS: partial(work, tokens, False), RELEASED: partial(work, tokens, True)}
+def ways(keep: float, tokens: int) -> dict[str, Way]:
+    return {
+        OURS: partial(work, tokens, keep, False),
+        TORCH: partial(work, tokens, keep, False, "masked"),
+        RELEASED: partial(work, tokens, keep, True),
+    }
 
 
 def softmax(tokens: int) -> Way:
@@ -70,13 +78,24 @@ def softmax(tokens: int) -> Way:
     return make
 
 
-def operations(tokens: int) -> float:
-    counted = attention_products(tokens, HEADS * WIDTH, HEADS, keep=KEEP)
+def operations(keep: float, tokens: int) -> float:
+    counted = attention_products(tokens, HEADS * WIDTH, HEADS, keep=keep)
     return 8 * tokens * (HEADS * WIDTH) ** 2 + 2 * (counted.predictor + counted.sparse)
 
 
 PARTS = [
-    Part("sparsifiner, 25 %", TOKENS, "{} tokens".format, ways, (RELEASED,), softmax, operations, int),
+    Part(
+        f"sparsifiner, {100 * keep:.0f} %",
+        TOKENS,
+        "{} tokens".format,
+        partial(ways, keep),
+        (RELEASED,),
+        softmax,
+        partial(operations, keep),
+        int,
+        training=keep == KEEPS[0],
+    )
+    for keep in KEEPS
 ]
 
 
@@ -112,12 +131,24 @@ def choice(tokens: int, keep: float) -> Callable[[], Any]:
     return lambda: predictor(tokens, keep)(q, k)
 
 
+def compiled(tokens: int, keep: float) -> Callable[[], Any]:
+    q, k, v = inputs(tokens)
+    return lambda: predictor(tokens, keep).attend_compiled(q, k, v, WIDTH**-0.5)
+
+
+def no_kernel() -> str | None:
+    if setting.device != "cpu" or setting.dtype != "float32":
+        return "for float32 on processors"
+    return cpp.KERNEL.unavailable()
+
+
 def variants(tokens: int, keep: float) -> list[Variant]:
     return [
         Variant("fused, all keys", partial(dense, tokens)),
         Variant("chosen keys, masked", partial(given, tokens, keep, False)),
         Variant("chosen keys, gathered", partial(given, tokens, keep, True)),
         Variant("choosing them", partial(choice, tokens, keep)),
+        Variant("choosing and attending, C++ kernel", partial(compiled, tokens, keep), no_kernel()),
     ]
 
 
@@ -132,8 +163,10 @@ def check() -> None:
     bound = 1e-5 if setting.dtype == "float32" else 2e-2
     masked, gathered = (given(197, 0.25, gather)() for gather in (False, True))
     torch.testing.assert_close(gathered, masked, rtol=bound, atol=bound)
+    if no_kernel() is None:
+        torch.testing.assert_close(compiled(197, 0.25)(), masked, rtol=bound, atol=bound)
     if setting.dtype == "float32":  # narrower scores tie, and ties may be cut differently
-        torch.testing.assert_close(work(197, True)[0](), work(197, False)[0](), rtol=1e-3, atol=bound)
+        torch.testing.assert_close(work(197, 0.25, True)[0](), work(197, 0.25, False)[0](), rtol=1e-3, atol=bound)
 
 
 def benchmark() -> Benchmark:

@@ -354,6 +354,98 @@ def test_gradients_equal_those_of_the_definition(backend, with_bias):
         torch.testing.assert_close(ours, theirs, atol=2e-5 * float(theirs.abs().max()), rtol=1e-4)
 
 
+def kernels_gradients(backend: str, *tensors_: Tensor, kernel, **given_) -> list[Tensor]:
+    """Of a loss that reads outputs and log-sum-exp, for q, k, v and, where there is one, the bias."""
+    dtype = torch.float32 if backend == "cpp" else torch.float64
+    q, k, v, *bias = leaves = [x.detach().to(dtype).requires_grad_() for x in tensors_]
+    given_ |= {"bias": bias[0]} if bias else {}
+    out, lse = neighborhood_attention(q, k, v, kernel, backend=backend, return_lse=True, **given_)
+    loss = (out * torch.linspace(-1, 1, out.numel(), dtype=dtype).view(out.shape)).sum() + lse.square().sum()
+    return list(torch.autograd.grad(loss, leaves))
+
+
+def same_gradients(found: list[Tensor], expected: list[Tensor]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), theirs, atol=5e-6 * float(theirs.abs().max()), rtol=1e-5)
+
+
+@given(cases(), st.sampled_from([(2, 2), (4, 2), (3, 1)]), st.booleans())
+@settings(max_examples=60, deadline=None)
+@needs_cpp
+def test_the_kernels_gradients_equal_the_definitions_in_double_precision(axes, heads, with_bias):
+    grid, kernel, given_ = options(axes)
+    inputs = tensors(grid, *heads, size=5, e=6)
+    if with_bias:
+        inputs.append(torch.randn(heads[0], *(2 * n - 1 for n in kernel), dtype=torch.float64))
+    found, expected = (kernels_gradients(one, *inputs, kernel=kernel, **given_) for one in ("cpp", "reference"))
+    same_gradients(found, expected)
+
+
+@pytest.mark.parametrize("grid", [(90,), (23, 37), (6, 5, 40)])
+@needs_cpp
+def test_the_kernels_gradients_on_rows_that_fill_vectors(grid):
+    """Shifted blocks, their overlap (whose queries may count once), and borders, as in the forward's test."""
+    for kernel, stride, dilation, causal in itertools.product((4, 7), (1, 3), (1, 2), (False, True)):
+        window = tuple(min(kernel, n // dilation) for n in grid)
+        step = tuple(min(stride, n) for n in window)
+        inputs = tensors(grid, 4, 2, *((12, 10) if kernel == 4 else (32, 19)))
+        inputs.append(torch.randn(4, *(2 * n - 1 for n in window), dtype=torch.float64))
+        given_ = {"stride": step, "dilation": dilation, "is_causal": causal}
+        found, expected = (kernels_gradients(one, *inputs, kernel=window, **given_) for one in ("cpp", "tiled"))
+        same_gradients(found, expected)
+
+
+@pytest.mark.parametrize("rule", [(3, 1, 1, False), (4, 2, 1, False), (3, 1, 2, True)])
+@needs_cpp
+def test_the_kernels_gradients_are_slopes_of_the_loops(rule):
+    """Along a random direction, by differences of the brute force in double precision, on rows of 21 with a bias."""
+    kernel, stride, dilation, causal = rule
+    rules = [(2, 1, 1, False), rule]
+    inputs = [*tensors((3, 21), 2, 1, 6, 5), torch.randn(2, 3, 2 * kernel - 1, dtype=torch.float64)]
+    upstream = torch.randn(2, 3, 21, 2, 5, dtype=torch.float64)
+    directions = [torch.randn_like(x) for x in inputs]
+    sides = []
+    for step in (1e-5, -1e-5):
+        q, k, v, bias = (x + step * one for x, one in zip(inputs, directions, strict=True))
+        sides.append((by_loops(q, k, v, rules, bias) * upstream).sum())
+    slope = (sides[0] - sides[1]) / 2e-5
+    q, k, v, bias = leaves = [x.float().requires_grad_() for x in inputs]
+    out = neighborhood_attention(
+        q, k, v, (2, kernel), stride=(1, stride), dilation=(1, dilation), is_causal=(False, causal), bias=bias,
+        backend="cpp",
+    )  # fmt: skip
+    assert isinstance(out, Tensor)
+    found = torch.autograd.grad((out * upstream).sum(), leaves)
+    along = sum((x.double() * one).sum() for x, one in zip(found, directions, strict=True))
+    torch.testing.assert_close(along, slope, atol=1e-4, rtol=1e-4)
+
+
+@needs_cpp
+def test_the_kernels_gradients_do_not_depend_on_threads():
+    """More threads than pairs of batch and head: the parts of a pair are added up."""
+    inputs = [*tensors((11, 40), 2, 1), torch.randn(2, 9, 9, dtype=torch.float64)]
+    one = kernels_gradients("cpp", *inputs, kernel=5)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(5)
+        many = kernels_gradients("cpp", *inputs, kernel=5)
+    finally:
+        torch.set_num_threads(before)
+    for ours, theirs in zip(many, one, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=3e-6 * float(theirs.abs().max()), rtol=1e-5)
+
+
+@needs_cpp
+def test_the_kernels_backward_is_the_one_that_runs(monkeypatch):
+    calls = []
+    run = cpp.backward
+    monkeypatch.setattr(cpp, "backward", lambda *args: calls.append(1) or run(*args))
+    kernels_gradients("cpp", *tensors((9, 9)), kernel=3)
+    kernels_gradients("tiled", *tensors((9, 9)), kernel=3)
+    assert calls == [1]
+
+
 def test_masks_made_while_inferring_do_not_break_training():
     geometry.plan_of.cache_clear()
     q, k, v = (x.float() for x in tensors((13, 17)))
@@ -575,6 +667,6 @@ def test_the_kernel_can_be_turned_off_and_says_why(tmp_path):
         return done.stdout.strip()
 
     assert reason(HEADWISE_CPP="0") == "HEADWISE_CPP is 0"
-    nothing = reason(PATH="", CXX="", XDG_CACHE_HOME=str(tmp_path))
+    nothing = reason(PATH="", CXX="", HEADWISE_CPP="1", XDG_CACHE_HOME=str(tmp_path))
     assert nothing == "no C++ compiler was found (CXX, g++, clang++)"
     assert set(neighborhood_backends()) == {"reference", "tiled", "cpp", "flex", "natten"}

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import headwise as hw
 from headwise.attend.edits import ScaleHeads
 from headwise.attend.probes import Entropy
+from headwise.attention import _sparsifiner_cpp as cpp
 from headwise.attention.softmax import SoftmaxAttention
 from headwise.attention.sparsifiner import (
     ConnectivityPredictor,
@@ -24,6 +26,9 @@ from headwise.attention.sparsifiner import (
     predictor_loss,
 )
 from headwise.ops.counting import _FORMULAS
+
+NO_CPP = cpp.KERNEL.unavailable()
+needs_cpp = pytest.mark.skipif(NO_CPP is not None, reason=f"the C++ kernel: {NO_CPP}")
 
 
 def layer(keep=0.25, tokens=26, reduction=3, **options) -> SparsifinerAttention:
@@ -173,6 +178,124 @@ def test_gathered_masked_and_explicit_are_one_attention(prefix):
     torch.testing.assert_close(masked, wanted, atol=1e-6, rtol=1e-5)
 
 
+# --- the C++ kernel ---
+
+
+@given(
+    st.integers(2, 200),
+    st.floats(0.01, 1),
+    st.sampled_from([0.0, 0.02, 0.3]),  # all scores equal, many 0, hardly any
+    st.integers(1, 8),
+    st.sampled_from([(8, 4), (40, 1), (64, 6)]),
+    st.integers(0, 1),
+)
+@settings(max_examples=80, deadline=None)
+@needs_cpp
+def test_the_kernel_keeps_the_keys_that_the_mask_keeps_and_attends_to_them(tokens, keep, std, topk, sizes, prefix):
+    """The very same keys, also where scores or coefficients tie; q, k, v are views, as in a layer."""
+    torch.manual_seed(tokens)
+    size, heads = sizes
+    topk = min(topk, tokens // 2)
+    p = ConnectivityPredictor(
+        size, tokens, heads, keep=keep, token_reduction=2, coef_topk=topk, num_prefix_tokens=prefix
+    )
+    torch.nn.init.normal_(p.proj_n, std=std)
+    torch.nn.init.normal_(p.proj_back_n, std=std)
+    q, k, v = torch.randn(2, tokens, 3, heads, size).permute(2, 0, 3, 1, 4)
+    with torch.no_grad():
+        mask = p.mask(q, k)
+        table = p.sparse_basis().mT.contiguous()
+        kept = [cpp.choose(s, table, topk, p.budget) for s in p._in_turn(q, k)]
+        wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=0.3)
+        found = p.attend_compiled(q, k, v, 0.3)
+    if kept:
+        indices = torch.cat(kept, 2).long()
+        assert torch.equal(indices, indices.sort(-1).values)
+        assert torch.equal(connectivity_from_indices(indices, tokens, prefix), mask)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@needs_cpp
+def test_the_kernel_on_several_blocks_of_queries_and_tiles_of_keys():
+    """600 tokens: more than a block of coefficients, of queries and of keys; against float64, and in any threads."""
+    torch.manual_seed(0)
+    p = ConnectivityPredictor(24, 600, 3)
+    torch.nn.init.normal_(p.proj_back_n, std=0.1)
+    q, k, v = (torch.randn(1, 3, 600, 24) * 2 for _ in range(3))
+    mask = p.mask(q, k)
+    scores = (q.double() @ k.double().mT * 0.2).masked_fill(~mask, -torch.inf)
+    one = p.attend_compiled(q, k, v, 0.2)
+    torch.testing.assert_close(one.double(), scores.softmax(-1) @ v.double(), atol=1e-5, rtol=1e-5)
+    given_ = (q[:, :, 1:], k, v, p.coefficients(q, k).detach(), p.sparse_basis().mT, p.coef_topk, p.budget, 0.2)
+    whole, before = cpp.attention(*given_), torch.get_num_threads()
+    torch.testing.assert_close(whole, one[:, :, 1:], atol=1e-6, rtol=1e-5)
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(cpp.attention(*given_), whole)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_cpp
+def test_the_kernels_largest_of_anything():
+    """Infinities, NaN of both signs and negative zeros may be given: exactly `width` places in range come out."""
+    odd = torch.tensor([0.0, -0.0, torch.nan, -torch.nan, torch.inf, 1e-45, 3.0])
+    for n in (1, 15, 16, 17, 140, 300):
+        basis = odd[torch.randint(7, (9, n), generator=torch.Generator().manual_seed(n))]
+        for width in {1, n // 2 + 1, n}:
+            found = cpp.choose(odd[torch.randint(7, (1, 1, 6, 9))], basis, 4, width)
+            assert found.shape == (1, 1, 6, width)
+            assert bool((found >= 0).all() and (found < n).all() and (found.diff(dim=-1) > 0).all())
+
+
+@needs_cpp
+def test_the_kernel_hands_on_what_is_not_a_number():
+    p = layer().mask_predictor
+    q, k = queries()
+    v = torch.randn(2, 4, 26, 8)
+    plain = p.attend_compiled(q, k, v, 0.3)
+    broken = q.clone()
+    broken[0, 1, 7] = torch.nan
+    found = p.attend_compiled(broken, k, v, 0.3)
+    assert bool(found[0, 1, 7].isnan().all())
+    others = torch.ones(2, 4, 26, dtype=torch.bool)
+    others[0, 1, 7] = False
+    assert torch.equal(found[others], plain[others])
+
+
+@needs_cpp
+def test_the_layer_takes_the_kernel_where_it_can(monkeypatch):
+    calls = []
+    run = ConnectivityPredictor.attend_compiled
+    monkeypatch.setattr(ConnectivityPredictor, "attend_compiled", lambda *args: calls.append(1) or run(*args))
+    made, x = layer(), torch.randn(2, 26, 32)
+    with torch.no_grad():
+        found = made(x)
+    assert calls == [1]
+    torch.testing.assert_close(made(x), found, atol=1e-6, rtol=1e-5)  # with a gradient: the mask
+    with torch.no_grad(), hw.probe(made, Entropy()):
+        torch.testing.assert_close(made(x), found, atol=1e-6, rtol=1e-5)
+    assert calls == [1]
+    made.implementation = "cpp"
+    for change, reason in (("a gradient", "it has no gradient"), ("double", "it is for float32 on the CPU")):
+        with torch.set_grad_enabled(change == "a gradient"), pytest.raises(RuntimeError, match=reason):
+            made.to(torch.float64 if change == "double" else torch.float32)(x.to(made.qkv.weight.dtype))
+
+
+@needs_cpp
+def test_what_the_kernel_cannot_take_is_refused():
+    good: Any = {"q": torch.randn(1, 2, 3, 4), "k": torch.randn(1, 2, 9, 4), "v": torch.randn(1, 2, 9, 5)}
+    good |= {"coefficients": torch.rand(1, 2, 3, 6), "basis": torch.rand(6, 9), "few": 2, "width": 3, "scale": 1.0}
+    assert cpp.attention(**good).shape == (1, 2, 3, 5)
+    for change in (
+        {"few": 7}, {"few": 0}, {"width": 10}, {"width": 0}, {"basis": torch.rand(5, 9)}, {"basis": torch.rand(6, 8)},
+        {"k": torch.randn(1, 2, 8, 4)}, {"v": torch.randn(1, 1, 9, 5)}, {"q": torch.randn(1, 2, 4, 4)},
+        {"v": torch.randn(1, 2, 9, 5).double()}, {"coefficients": torch.rand(1, 2, 3, 6).double()},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"sparsifiner: .*(basis vectors|kernel takes float32)"):
+            cpp._attention(**good | change)  # below the checks of shapes that only tests have
+
+
 def test_gathered_gradients_are_those_of_the_mask():
     q, k, v = (torch.randn(1, 2, 9, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     indices = torch.rand(1, 2, 8, 9).argsort(-1)[..., :3]
@@ -269,7 +392,13 @@ def test_counted_products_are_the_formula():
     indices = torch.rand(1, 4, 25, 26).argsort(-1)[..., :7]
     with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
         gathered_attention(q, k, v, indices)
-    assert counter.get_total_flops() == 2 * attention_products(26, 32, 4, token_reduction=3, coef_topk=5).sparse
+    wanted = 2 * attention_products(26, 32, 4, token_reduction=3, coef_topk=5).sparse
+    assert counter.get_total_flops() == wanted
+    if NO_CPP is None:
+        p = layer().mask_predictor
+        with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+            p.attend_compiled(q, k, v, 1.0)
+        assert counter.get_flop_counts()["Global"][torch.ops.headwise.sparsifiner_attention] == 2 * 2 * 32 * 25 * 7
 
 
 # --- sizes ---

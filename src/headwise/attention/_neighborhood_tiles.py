@@ -1,4 +1,4 @@
-"""Neighbourhood attention as a loop over tiles, forward and backward, behind one operator of torch.
+"""Neighbourhood attention as a loop over tiles, forward and backward, behind the operator that the C++ kernel shares.
 
 All keys that a tile of queries needs lie in one box, so a tile is one call of fused attention with a small mask that
 depends on the geometry alone. The backward walks the same tiles, recomputes the weights from the log-sum-exp and adds
@@ -23,7 +23,7 @@ def tiled(
 ) -> tuple[Tensor, Tensor]:
     """Outputs `[b h *S e]` and log-sum-exp `[b h *S]`; q `[b h *S d]`, k and v with grouped heads, any strides.
 
-    compiled: take the C++ kernel for the forward.
+    compiled: take the C++ kernel, forward and backward.
     """
     kernel, stride, dilation = ([getattr(axis, name) for axis in axes] for name in ("kernel", "stride", "dilation"))
     causal = [axis.causal for axis in axes]
@@ -167,9 +167,10 @@ def _forward(q, k, v, bias, kernel, stride, dilation, causal, scale, compiled):
     return tiles_forward(q, k, v, bias, axes, scale)
 
 
-def _backward(grad_out, grad_lse, q, k, v, bias, out, lse, kernel, stride, dilation, causal, scale):
+def _backward(grad_out, grad_lse, q, k, v, bias, out, lse, kernel, stride, dilation, causal, scale, compiled):
     axes = _axes(q, kernel, stride, dilation, causal)
-    found = tiles_backward(grad_out, grad_lse, q, k, v, bias, out, lse, axes, scale)
+    run = cpp.backward if compiled else tiles_backward
+    found = run(grad_out, grad_lse, q, k, v, bias, out, lse, axes, scale)
     return *found[:3], q.new_empty(0) if found[3] is None else found[3]
 
 
@@ -184,7 +185,8 @@ _gradient = torch.library.custom_op(
     _backward,
     mutates_args=(),
     schema="(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse, "
-    "int[] kernel, int[] stride, int[] dilation, bool[] causal, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    "int[] kernel, int[] stride, int[] dilation, bool[] causal, float scale, bool compiled) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -194,23 +196,23 @@ def _(q, k, v, bias, kernel, stride, dilation, causal, scale, compiled):
 
 
 @_gradient.register_fake
-def _(grad_out, grad_lse, q, k, v, bias, out, lse, kernel, stride, dilation, causal, scale):
+def _(grad_out, grad_lse, q, k, v, bias, out, lse, kernel, stride, dilation, causal, scale, compiled):
     grad_bias = q.new_empty(0) if bias is None else torch.empty_like(bias)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), grad_bias
 
 
 def _save(ctx, inputs, output):
-    q, k, v, bias, *geometry, scale, _ = inputs
+    q, k, v, bias, *geometry = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, bias, *output)
-    ctx.geometry, ctx.scale = geometry, scale
+    ctx.geometry = geometry
 
 
 def _differentiate(ctx, grad_out, grad_lse):
     if grad_out is None and grad_lse is None:
         return (None,) * 10
     q, k, v, bias, out, lse = ctx.saved_tensors
-    *found, grad_bias = _gradient(grad_out, grad_lse, q, k, v, bias, out, lse, *ctx.geometry, ctx.scale)
+    *found, grad_bias = _gradient(grad_out, grad_lse, q, k, v, bias, out, lse, *ctx.geometry)
     return *found, None if bias is None else grad_bias, *(None,) * 6
 
 

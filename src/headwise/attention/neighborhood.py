@@ -39,7 +39,7 @@ __all__ = [
 Size = int | Sequence[int]
 Flag = bool | Sequence[bool]
 BACKENDS = ("auto", "reference", "tiled", "cpp", "flex", "natten")
-# Query-key pairs of all heads from which a call compiles the C++ kernel, which takes about 3 seconds once on a machine
+# Query-key pairs of all heads from which a call compiles the C++ kernel, which takes 3 to 4 seconds once on a machine
 # (1,500 calls of 28 x 28 with kernel 7 repay it). Calling it is ahead of tiles at every size: 1.7 times at 4 x 4.
 CPP_PAIRS = 2**17
 
@@ -74,7 +74,7 @@ def neighborhood_attention(
     first: `[b n m d]`) that every query sees too, in the same softmax.
     clip_window: where kernel * dilation exceeds an axis, take the largest kernel that fits, and crop the bias.
     backend: "reference" makes every score; "tiled" is plain torch and fast; "cpp" a kernel compiled at first use
-    (float32 on CPUs; its backward is the tiled one); "flex" FlexAttention, for CUDA; "natten" NATTEN's CUDA library.
+    (float32 on CPUs, forward and backward); "flex" FlexAttention, for CUDA; "natten" NATTEN's CUDA library.
     "auto": flex on CUDA without bias; cpp on CPUs in float32, where a compiler is found and the call is large enough
     to compile the kernel (`CPP_PAIRS`), or was compiled before, on this machine; else tiled.
 

@@ -11,6 +11,11 @@ Paper: headwise/papers/sparsifiner.py (Wei et al., CVPR 2023).
 Notes: h in the scale is the number of heads, as in the official code. Of equal scores the lower key is kept: a fresh
 basis has deviation 0.02 and the threshold is 0.02, so that many scores are 0. Where tokens were pruned they are gone,
 here; in the official code they stay as zeros, which take weight in the row of the class token.
+Time: a quarter of the keys is no gain on a processor. Beside a layer of fused attention (one thread, 6 heads of 64
+channels) the C++ kernel's layer takes 1.05 to 1.3 times as long from 197 to 2,305 tokens (1.1 there, the mask's 4.4 to
+4.7): it is ahead at no size measured. Half of its attention's time is the choice, which grows with n^2 as dense
+attention does (coefficients, sums of basis vectors, counting for the threshold). With a tenth of the keys it is level
+at 2,305 tokens, with a twentieth ahead there (0.9). Gathered keys in plain torch are behind everywhere.
 """
 
 import math
@@ -25,6 +30,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from headwise.attend.call import Call
 from headwise.attend.point import HeadPoint
+from headwise.attention import _sparsifiner_cpp as cpp
 from headwise.attention.softmax import SoftmaxAttention, check_heads, split_heads
 
 __all__ = [
@@ -39,6 +45,8 @@ __all__ = [
 
 Mode = Literal["dense", "predict", "sparse"]
 BLOCK = 64  # rows whose scores, or gathered keys, exist at one time
+COEFFICIENTS = 256  # rows whose coefficients exist at one time
+CPP_PAIRS = 2**20  # query-key pairs of all heads from which a call compiles the C++ kernel, once on a machine
 
 
 class ConnectivityPredictor(nn.Module):
@@ -102,14 +110,26 @@ class ConnectivityPredictor(nn.Module):
         positions: which tokens these are, where some were pruned; prefix included. Raises ValueError for another number
         of tokens than the predictor's.
         """
+        queries, keys = self._low_rank(q, k, positions)
+        return (queries @ keys).softmax(-1)
+
+    def _low_rank(self, q: Tensor, k: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Two factors whose product are the logits of the coefficients, `[b h p c]` and `[b h c m]`."""
         if positions is None and q.shape[2] != self.num_tokens:
             raise ValueError(
                 f"ConnectivityPredictor: {q.shape[2]} tokens, its weights are for {self.num_tokens}; resize_tokens "
                 "makes them fit another number"
             )
         down = self.proj_n if positions is None else self.proj_n[positions][:, None]
-        keys = self.proj_c_k(k).mT @ down
-        return (self.proj_c_q(q)[:, :, self.prefix :] @ keys * self.num_heads**-0.5).softmax(-1)
+        return self.proj_c_q(q)[:, :, self.prefix :] * self.num_heads**-0.5, self.proj_c_k(k).mT @ down
+
+    def _in_turn(self, q: Tensor, k: Tensor, positions: Tensor | None = None) -> Iterator[Tensor]:
+        """The coefficients of a block of queries after another, without gradient: all at once leave the caches."""
+        with torch.no_grad():
+            queries, keys = self._low_rank(q, k, positions)
+        for some in queries.split(COEFFICIENTS, 2):
+            s = some @ keys
+            yield torch.softmax(s, -1, out=s) if _plain(s) else s.softmax(-1)
 
     def reconstruct(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h p n"]:
         """The approximate attention that is regressed on the dense one: signed, from the whole basis."""
@@ -117,8 +137,7 @@ class ConnectivityPredictor(nn.Module):
 
     def sparse_basis(self) -> Float[Tensor, "n m"]:
         """|U| without its small entries."""
-        basis = self.proj_back_n.detach().abs()
-        return basis.masked_fill(basis <= self.basis_threshold, 0)
+        return nn.functional.threshold(self.proj_back_n.detach().abs(), self.basis_threshold, 0.0)
 
     def density(self) -> float:
         """Share of the entries of the sparse basis that are not 0."""
@@ -154,20 +173,32 @@ class ConnectivityPredictor(nn.Module):
 
     def _scores(self, q: Tensor, k: Tensor, positions: Tensor | None) -> Iterator[Tensor]:
         """What queries after the prefix are taken to give each key, block by block."""
-        s = self.coefficients(q, k, positions)
-        kept, places = s.topk(self.coef_topk, sorted=False)
-        if positions is None and _plain(s):  # the sum of a few basis vectors: m / coef_topk times fewer operations
-            table = self.sparse_basis().mT.contiguous()
-            for some, weights in zip(places.split(BLOCK, 2), kept.split(BLOCK, 2), strict=True):
-                index, weight = (one.reshape(-1, self.coef_topk) for one in (some, weights))
-                rows = nn.functional.embedding_bag(index, table, per_sample_weights=weight, mode="sum")
-                yield rows.view(*some.shape[:3], self.num_tokens)
-            return
-        s = torch.zeros_like(s).scatter(-1, places, kept)
         basis = self.sparse_basis()
+        table = basis.mT.contiguous() if positions is None else None
         basis = basis if positions is None else basis[positions][:, None]
-        for rows in s.split(BLOCK, 2):
-            yield rows @ basis.mT
+        for s in self._in_turn(q, k, positions):
+            kept, places = _few(s, self.coef_topk)
+            if table is not None and _plain(s):  # the sum of a few basis vectors: m / coef_topk times fewer operations
+                for some, weights in zip(places.split(BLOCK, 2), kept.split(BLOCK, 2), strict=True):
+                    index, weight = (one.reshape(-1, self.coef_topk) for one in (some, weights))
+                    rows = nn.functional.embedding_bag(index, table, per_sample_weights=weight, mode="sum")
+                    yield rows.view(*some.shape[:3], self.num_tokens)
+                continue
+            for rows in torch.zeros_like(s).scatter(-1, places, kept).split(BLOCK, 2):
+                yield rows @ basis.mT
+
+    @torch.no_grad()
+    def attend_compiled(
+        self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n e"], scale: float
+    ) -> Float[Tensor, "b h n e"]:
+        """Attention over the keys of `mask`, in the C++ kernel; float32 on a CPU, without gradient."""
+        table, first = self.sparse_basis().mT.contiguous(), self.prefix
+        out = [scaled_dot_product_attention(q[:, :, :first], k, v, scale=scale)] if first else []
+        for s in self._in_turn(q, k):
+            rows = q[:, :, first : first + s.shape[2]]
+            out.append(cpp.attention(rows, k, v, s, table, self.coef_topk, self.budget, scale))
+            first += s.shape[2]
+        return torch.cat(out, 2)
 
     @torch.no_grad()
     def resize_tokens(self, num_tokens: int) -> None:
@@ -192,6 +223,15 @@ class ConnectivityPredictor(nn.Module):
 def _plain(x: Tensor) -> bool:
     """Whether a processor works on it, eagerly, in a dtype that numpy has."""
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
+
+
+def _few(s: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest coefficients of each row and where they are; on a processor ascending, the earlier of equal ones, so
+    that sums over them are rounded as the C++ kernel rounds its own."""
+    if _plain(s) and bool((chosen := _largest(s, count)).sum(-1).eq(count).all()):  # else some are not numbers
+        shape = (*s.shape[:-1], count)
+        return s[chosen].view(shape), chosen.nonzero()[:, -1].view(shape)
+    return s.topk(count, sorted=False)
 
 
 def _largest(rows: Tensor, width: int) -> Tensor:
@@ -249,7 +289,10 @@ class SparsifinerAttention(nn.Module):
 
     mode: "sparse" attends to the kept keys; "predict" attends to all and keeps in `reconstruction` what the predictor
     is trained on (`predictor_loss`); "dense" attends to all. implementation of "sparse": "masked" is fused attention
-    with the mask, "gather" is `gathered_attention`, "auto" is the faster one as measured: the mask.
+    with the mask, "gather" is `gathered_attention`, "cpp" a kernel compiled at first use (float32 on CPUs, no gradient
+    and no pruned tokens), "auto" the fastest that can be used, as measured: the kernel, where a compiler is found and
+    the call is large enough to compile it (`CPP_PAIRS`) or was compiled before, on this machine; else the mask. While
+    heads are probed or edited all are the mask.
     """
 
     layout = "b n c, choice without gradient"  # the contracts ask for a gradient of every parameter
@@ -269,7 +312,7 @@ class SparsifinerAttention(nn.Module):
         num_prefix_tokens: int = 1,
         share_basis: bool = False,
         qkv_bias: bool = True,
-        implementation: Literal["auto", "masked", "gather"] = "auto",
+        implementation: Literal["auto", "masked", "gather", "cpp"] = "auto",
     ) -> None:
         super().__init__()
         check_heads("SparsifinerAttention", embed_dim, num_heads)
@@ -316,15 +359,19 @@ class SparsifinerAttention(nn.Module):
         positions: which tokens these are where some were pruned, the class token's 0 among them.
         """
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, -1))
-        scale, mask, indices = self.head_dim**-0.5, None, None
+        scale, mask, indices, compiled = self.head_dim**-0.5, None, None, False
         self.reconstruction = None
-        if self.mode == "sparse" and (self.implementation != "gather" or self.head_point.visit is not None):
+        if self.mode == "sparse" and self._compiled(q, k, v, positions):
+            compiled = True
+        elif self.mode == "sparse" and (self.implementation != "gather" or self.head_point.visit is not None):
             mask = self.mask_predictor.mask(q, k, positions)
         elif self.mode == "sparse":
             indices = self.mask_predictor(q, k, positions)
         elif self.mode == "predict":
             self.reconstruction = self._error(q.detach(), k.detach(), scale)
-        if indices is not None:
+        if compiled:
+            out = self.mask_predictor.attend_compiled(q, k, v, scale)
+        elif indices is not None:
             out = gathered_attention(q, k, v, indices, scale=scale)
         else:
             out = scaled_dot_product_attention(q, k, v, mask, scale=scale)
@@ -334,6 +381,30 @@ class SparsifinerAttention(nn.Module):
             return mixed, None
         row = (q[:, :, :1] @ k.mT * scale).softmax(-1)
         return mixed, row[:, :, 0, 1:].mean(1)
+
+    def _compiled(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> bool:
+        """Whether the C++ kernel does the work. Raises RuntimeError where it was asked for and cannot."""
+        own = isinstance(self.mask_predictor, ConnectivityPredictor)  # experiments put others in its place
+        if self.implementation not in ("auto", "cpp") or self.head_point.visit is not None or not own:
+            return False
+        reason = None
+        if q.dtype != torch.float32 or q.device.type != "cpu" or self.mask_predictor.proj_n.dtype != q.dtype:
+            reason = f"it is for float32 on the CPU, and q is {q.dtype} on {q.device}"
+        elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            reason = "it has no gradient"
+        elif positions is not None or not q.numel():
+            reason = "tokens were pruned" if positions is not None else "the input is empty"
+        elif torch.compiler.is_compiling():
+            reason = "it is not for compiled models"
+        if self.implementation == "cpp":
+            reason = reason or cpp.KERNEL.unavailable()
+            if reason is not None:
+                raise RuntimeError(f"SparsifinerAttention: 'cpp' cannot be used: {reason}; use 'auto' or 'masked'")
+        if reason is not None:
+            return False
+        pairs = q.shape[0] * self.num_heads * q.shape[2] ** 2
+        asked = self.implementation == "cpp" or pairs >= CPP_PAIRS
+        return cpp.KERNEL.unavailable() is None if asked else cpp.KERNEL.ready()
 
     def _error(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """Summed squared error of the approximate attention; the sum goes over the batch too, as in the paper."""
