@@ -1,4 +1,4 @@
-"""What SubjectAttention is told (layers, steps, dropout, masks that are given or found in maps), and what it refuses."""
+"""What SubjectAttention is told (layers, steps, dropout, masks that are given or found by it), and what it refuses."""
 
 import builtins
 import math
