@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from tests.contracts.discovery import exported
 from tests.contracts.mechanisms import layout_of
 from torch import nn
@@ -22,7 +23,8 @@ def test_every_mechanism_that_fits_has_its_row():
     assert {name for name in named if "+" not in name} == fit - routers - set(LEFT_OUT)
     for grid in ((4, 4), (8, 8)):
         for own in mechanisms_for(grid).values():
-            SmallViT(SmallViTConfig(image_size=2 * grid[0], patch_size=2, **own))
+            model = SmallViT(SmallViTConfig(image_size=2 * grid[0], patch_size=2, **own)).eval()
+            assert flops(model, (torch.zeros(1, 1, 2 * grid[0], 2 * grid[1]),)) > 0, "the table counts without numbers"
 
 
 def test_what_is_left_out_as_softmax_is_softmax():
