@@ -164,7 +164,7 @@ PAPER = Paper(
             control="the unfused kernels on the same problems",
             known=(
                 "the room is saved (fused tiles hold at most 6 % of it), time only in bfloat16 (0.95 to 0.98 of the "
-                "unfused); in float32 fused tiles take 1.05 to 1.07 times as long. The traffic that fusing saves on a "
+                "unfused); in float32 fused tiles take 1.04 to 1.08 times as long. The traffic that fusing saves on a "
                 "GPU is likely not there on a processor, where the weights of a tile fit its cache"
             ),
         ),
@@ -183,7 +183,7 @@ PAPER = Paper(
             ),
             control="gathered keys, with batched products or with sums, whichever is faster",
             known=(
-                "unfused 660 to 708 % (1-D) and 615 to 646 % (2-D), fused 785 to 801 % and 528 to 614 %: 1,607 % in "
+                "unfused 531 to 682 % (1-D) and 631 to 661 % (2-D), fused 602 to 771 % and 579 to 610 %: 1,607 % in "
                 "1-D is not reached, and in 2-D the fused are no faster than the unfused. Halving the bytes makes "
                 "gathering nearly twice as fast here, and tiles no faster: this processor gains nothing from bfloat16 "
                 "in products of this size"
