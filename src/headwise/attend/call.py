@@ -85,15 +85,22 @@ class Call:
     def real_rows(self) -> Tensor:
         """`[b, t]` True for rows of real tokens."""
         b, t = self.q.shape[0], self.q.shape[2]
-        if self.step.real.shape[0] != b or self.row_offset < 0:  # a vision tower that calls once per window
+        if self.step.batch != b or self.row_offset < 0:  # a vision tower that calls once per window
             return torch.ones(b, t, dtype=torch.bool, device=self.q.device)
         return self.step.real[:, self.row_offset : self.row_offset + t]
+
+    @property
+    def every_row_real(self) -> bool:
+        """Whether no row of the call is of padding. Looks at values, once a forward, where padding may be."""
+        if self.step.batch != self.q.shape[0] or self.row_offset < 0:
+            return True
+        return self.step.rows_real if self.q.shape[2] == self.step.length else bool(self.real_rows.all())
 
     @cached_property
     def real_columns(self) -> Tensor:
         """`[b, s]` True for columns of real tokens."""
         b, s = self.k.shape[0], self.k.shape[2]
-        if self.key_step.real.shape[0] != b:
+        if self.key_step.batch != b:
             return torch.ones(b, s, dtype=torch.bool, device=self.q.device)
         return self.columns(self.key_step.real)
 
