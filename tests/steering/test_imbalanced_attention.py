@@ -387,17 +387,17 @@ def test_only_the_last_row_pays():
 
     model, inputs = build("llava"), batch("llava", "bwwwPwww", "bwPw")
     seen = []
-    before = machine.rows_and_sink
+    before = machine.softmax_and_sink
 
-    def rows_and_sink(call: Any, index: Any, columns: Any = None) -> Any:
-        seen.append(call.q.shape[2])
-        return before(call, index, columns)
+    def softmax_and_sink(call: Any, scores: Any) -> Any:
+        seen.append(scores.shape[2])
+        return before(call, scores)
 
-    machine.rows_and_sink = rows_and_sink
+    machine.softmax_and_sink = softmax_and_sink
     try:
         steered(model, paint(), **inputs)
     finally:
-        machine.rows_and_sink = before
+        machine.softmax_and_sink = before
     assert seen == [1, 1]
 
 

@@ -1,7 +1,8 @@
 """One attention call: what a layer hands to attention, and how its scores are read without keeping them."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ class Call:
     step: Step = None  # pyright: ignore[reportAssignmentType]  (filled in below)
     key_step: Step = None  # pyright: ignore[reportAssignmentType]
     memo: dict = field(default_factory=dict)
+    rows: dict = field(default_factory=dict)
+    """id of an edit -> what it said of the rows of this forward; parts of a call share it."""
 
     def __post_init__(self):
         if not self.heads:
@@ -72,6 +75,8 @@ class Call:
 
     def columns(self, members: Tensor) -> Tensor:
         """Map a boolean `[b, total]` over absolute positions to this call's columns `[b, s]`."""
+        if members.shape[1] == self.k.shape[2]:
+            return members
         part = members[:, self.key_offset :][:, : self.k.shape[2]]
         missing = self.k.shape[2] - part.shape[1]  # a static cache is longer than what it holds
         return torch.nn.functional.pad(part, (0, missing)) if missing else part
@@ -80,15 +85,22 @@ class Call:
     def real_rows(self) -> Tensor:
         """`[b, t]` True for rows of real tokens."""
         b, t = self.q.shape[0], self.q.shape[2]
-        if self.step.real.shape[0] != b or self.row_offset < 0:  # a vision tower that calls once per window
+        if self.step.batch != b or self.row_offset < 0:  # a vision tower that calls once per window
             return torch.ones(b, t, dtype=torch.bool, device=self.q.device)
         return self.step.real[:, self.row_offset : self.row_offset + t]
+
+    @property
+    def every_row_real(self) -> bool:
+        """Whether no row of the call is of padding. Looks at values, once a forward, where padding may be."""
+        if self.step.batch != self.q.shape[0] or self.row_offset < 0:
+            return True
+        return self.step.rows_real if self.q.shape[2] == self.step.length else bool(self.real_rows.all())
 
     @cached_property
     def real_columns(self) -> Tensor:
         """`[b, s]` True for columns of real tokens."""
         b, s = self.k.shape[0], self.k.shape[2]
-        if self.key_step.real.shape[0] != b:
+        if self.key_step.batch != b:
             return torch.ones(b, s, dtype=torch.bool, device=self.q.device)
         return self.columns(self.key_step.real)
 
@@ -145,12 +157,15 @@ class Call:
             keys = keys[:, :, :columns]
         elif columns is not None and columns.ndim == 2:
             keys = keys.gather(2, columns[:, None, :, None].expand(-1, keys.shape[1], -1, d))
-        queries = self.q[:, :, rows].to(self.work_dtype)
+        whole = isinstance(rows, slice) and rows in (slice(None), slice(0, self.q.shape[2]))
+        queries = (self.q if whole else self.q[:, :, rows]).to(self.work_dtype)
         r = queries.shape[2]
         if isinstance(columns, Tensor) and columns.ndim == 3:
             scores = queries @ self.at_columns(keys, columns).mT * self.scale
         else:
-            scores = (queries.reshape(b, self.k.shape[1], self.groups * r, d) @ keys.mT).view(b, h, r, -1) * self.scale
+            n, s = keys.shape[1:3]
+            queries = queries.reshape(b * n, self.groups * r, d)
+            scores = torch.bmm(queries, keys.reshape(b * n, s, d).mT).mul_(self.scale).view(b, h, r, s)
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         return self.masked(scores, rows, columns)
@@ -251,21 +266,25 @@ class Call:
         whole key groups.
         """
         if heads == list(range(self.q.shape[1])) and not (expand and self.groups > 1):
-            return replace(self, memo={})
+            return self._with()
         kv = [head // self.groups for head in (heads if expand else heads[:: self.groups])]
         mask = self.mask
         if mask is not None and mask.shape[1] > 1:
             mask = _pick(mask, heads)
-        return replace(
-            self,
+        return self._with(
             q=_pick(self.q, heads),
             k=_pick(self.k, kv),
             v=_pick(self.v, kv),
             mask=mask,
             sinks=None if self.sinks is None else self.sinks[heads],
             heads=[self.heads[i] for i in heads],
-            memo={},
         )
+
+    def _with(self, **changes: Any) -> "Call":
+        """`replace` with a memo of its own, in a fraction of its time: it is needed in every layer and forward."""
+        new = object.__new__(Call)
+        new.__dict__.update({name: self.__dict__[name] for name in _FIELDS}, memo={}, **changes)
+        return new
 
 
 def _pick(x: Tensor, heads: list[int]) -> Tensor:
@@ -275,6 +294,7 @@ def _pick(x: Tensor, heads: list[int]) -> Tensor:
     return x[:, torch.tensor(heads, device=x.device)]
 
 
+_FIELDS = tuple(one.name for one in fields(Call))
 _EXCLUDED = -3e4
 _NEVER = -1e4  # exp is 0, and 0 * _NEVER is 0 where 0 * -inf is nan
 

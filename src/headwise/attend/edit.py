@@ -150,6 +150,13 @@ class RowEdit(Edit):
 
     any_rows: ClassVar[bool] = False
 
+    def added(self, rows: "Rows") -> Tensor | None:
+        """What is added to the scores of rows, finite and broadcastable to `[b h r s]`, if that is all this edit does.
+
+        Asked for where no edit comes before it: the rows are then formed with it, and `change` is not called.
+        """
+        return None
+
     def change(self, weights: Tensor, rows: "Rows") -> Tensor:
         """`[b h r s]` float32 weights of the named heads to the same shape."""
         raise NotImplementedError
@@ -225,5 +232,7 @@ class Rows:
 
 def touched_rows(edit: Edit, call: Call) -> bool | Tensor:
     """`edit.rows(call)` for a call that may hold only the last rows of its forward."""
-    rows = edit.rows(call)
+    rows = call.rows.get(id(edit))
+    if rows is None:
+        rows = call.rows[id(edit)] = edit.rows(call)
     return rows[:, -call.q.shape[2] :] if isinstance(rows, Tensor) else rows

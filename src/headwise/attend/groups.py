@@ -4,12 +4,14 @@ A group is a rule from a `Step` (ids, padding, what was prompt) to a boolean mas
 asked again at every forward; a rule that looks only at the prompt gives the same answer while tokens are generated.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from headwise.attend.call import Call
 from headwise.attend.step import Step
 
 __all__ = ["KeyGroup", "first_token", "image_tokens", "key_group", "positions", "recent", "spans", "tokens"]
@@ -31,10 +33,16 @@ class KeyGroup:
     uses_generated: bool = False
     settled: bool = field(default=False, compare=False)
     _own: object = field(default=None, init=False, repr=False)
+    _hash: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         if self.name not in _MAKERS:  # a function of the user's own: its name does not say what it selects
             object.__setattr__(self, "_own", self.rule)
+        # Groups are looked up in every layer and forward, and may hold many numbers.
+        object.__setattr__(self, "_hash", hash((self.name, self.options, self.uses_generated, self._own)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def members(self, step: Step) -> Tensor:
         """`[b, total]` boolean; padding is never a member."""
@@ -67,6 +75,66 @@ class KeyGroup:
         if self.name not in _MAKERS:
             raise ValueError(f"key group {self.name!r} was made from a function of your own and cannot be saved")
         return {"name": self.name, **dict(self.options)}
+
+
+SPARE = 256  # columns, for tokens to come
+
+
+@dataclass
+class _Kept:
+    """What was made of settled groups, over absolute positions and some more; total: of the last step that it served.
+
+    Valid while the same sequences go on token by token: a generated token is in no settled group.
+    """
+
+    columns: Tensor
+    more: Any
+    batch: int
+    total: int
+
+    def serves(self, step: Step, stop: int) -> bool:
+        return (
+            self.total in (step.past, step.total) and self.batch == step.batch and stop <= self.columns.shape[-1]
+        )
+
+
+def over_columns(
+    call: Call, key: Hashable, groups: tuple[KeyGroup, ...], make: Callable[[Tensor], tuple[Tensor, Any]]
+) -> tuple[Tensor, Any]:
+    """`make(members)` over the columns of a call: a tensor `[.. s]`, and anything that goes with it.
+
+    members: `[g b s]` boolean. make works column by column and depends on nothing else than `key` says; in what goes
+    with its tensor columns in no group make no difference. It is called once a forward; of settled groups once a
+    sequence, with columns to spare for the tokens to come, so that a decoded token costs a slice.
+    """
+    step, s = call.key_step, call.k.shape[2]
+    here = (key, groups, s, str(call.k.device))
+    found = step.cache.get(here)
+    if found is not None:
+        return found
+    found = _kept_columns(call, here, groups, make) if step.generating and all(g.settled for g in groups) else None
+    if found is None:
+        found = make(torch.stack([call.columns(group.members(step)) for group in groups]))
+    step.cache[here] = found
+    return found
+
+
+def _kept_columns(
+    call: Call, here: tuple, groups: tuple[KeyGroup, ...], make: Callable[[Tensor], tuple[Tensor, Any]]
+) -> tuple[Tensor, Any] | None:
+    """The same from what is kept with the sequence; None where nothing can be kept yet."""
+    step, first = call.key_step, call.key_offset
+    stop, place = first + call.k.shape[2], ("columns", here[0], groups, here[3])
+    known = step.carried.get(place)
+    if known is None or not known.serves(step, stop):
+        members = [group.members(step) for group in groups]
+        if any(step.carried.get(("members", g)) is not own for g, own in zip(groups, members, strict=True)):
+            return None  # a sequence has yet to begin
+        missing = max(stop, step.total) + SPARE - step.total
+        columns, more = make(torch.nn.functional.pad(torch.stack(members), (0, missing)))
+        known = step.carried[place] = _Kept(columns, more, step.batch, step.total)
+    known.total = step.total
+    return known.columns[..., first:stop], known.more
 
 
 def first_token() -> KeyGroup:

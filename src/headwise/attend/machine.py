@@ -10,6 +10,7 @@ Factors and replacements of outputs come last.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -58,14 +59,14 @@ class Part:
     def prepare(self, call: Call) -> None:
         """Cut the part out of the call and apply its input edits."""
         inputs = [edit for edit in self.edits if isinstance(edit, InputEdit)]
-        alone = bool(inputs) or not _whole_key_groups(self.heads, call.groups)
+        alone = bool(inputs) or not (call.groups == 1 or _whole_key_groups(self.heads, call.groups))
         self.call = call.simplified().take(self.heads, expand=alone)
         for edit in inputs:
             self.call = edit.change(self.call)
-        self.edits = [edit for edit in self.edits if not isinstance(edit, InputEdit)]
+        self.edits = [edit for edit in self.edits if not isinstance(edit, InputEdit)] if inputs else self.edits
         self.touched = bool(inputs)
         for edit in self.edits:
-            self.touched = _either(self.touched, edit.rows(call))
+            self.touched = _either(self.touched, touched_rows(edit, call))
         if isinstance(self.touched, Tensor) and self.touched.numel() and bool(self.touched.all()):
             self.touched = True  # the plain outputs are not needed
 
@@ -88,6 +89,10 @@ class Part:
             bias = key_bias(self.call, groups)
             if groups and bias is None:
                 return split_and_merge(self.call, groups, skip).transpose(1, 2)
+            if bias is not None and self.call.q.shape[2] == 1 and self.call.q.dtype == self.call.work_dtype:
+                # A decoded token: nothing is cheaper than its row.
+                weights, _ = softmax_and_sink(self.call, self.call.scores(slice(None)) + bias)
+                return over_values(self.call, weights).transpose(1, 2)
             call = self.call.last_rows(self.call.q.shape[2] - skip)
             out, lse = call.attend(bias=bias)
             return _share_with_sinks(out, lse, call).transpose(1, 2)
@@ -96,14 +101,10 @@ class Part:
             out = self.edits[0].fused(call)
             if out is not None:
                 return out.transpose(1, 2)
-        blocks = []
-        for index in _blocks(call.q.shape[2]):
-            weights = self.weights(index, call=call)
-            b, n, r, s = weights.shape
-            value = call.v.to(weights.dtype)
-            blocks.append((weights.reshape(b, call.v.shape[1], -1, s) @ value).view(b, n, r, -1))
-        out = torch.cat(blocks, 2) if blocks else call.attend()[0]
-        return out.to(call.q.dtype).transpose(1, 2)
+        blocks = [over_values(call, self.weights(index, call=call)) for index in _blocks(call.q.shape[2])]
+        if len(blocks) == 1:
+            return blocks[0].transpose(1, 2)
+        return (torch.cat(blocks, 2) if blocks else call.attend()[0]).transpose(1, 2)
 
     def weights(self, index: slice | Tensor, columns: int | None = None, *, call: Call | None = None) -> Tensor:
         """`[b n r s]` the final weights of some rows of the part's call, or of its last rows."""
@@ -123,8 +124,15 @@ class Part:
 
     def _rows(self, call: Call, index: slice | Tensor, columns: int | None, count: int) -> tuple[Tensor, Tensor | None]:
         """Rows and their sink column after the first edits."""
-        weights, sink = rows_and_sink(call, index, columns)
-        for edit in self.edits[:count]:
+        edits = self.edits[:count]
+        scores = call.scores(index, columns)
+        call.memo["scores"] = (index, columns, scores)  # for the edits of these rows
+        if edits and isinstance(edits[0], RowEdit) and touched_rows(edits[0], call) is True:
+            added = edits[0].added(Rows(call, index, columns, self.named[id(edits[0])]))
+            if added is not None:
+                scores, edits = scores + added, edits[1:]
+        weights, sink = softmax_and_sink(call, scores)
+        for edit in edits:
             new, new_sink = weights, sink
             if isinstance(edit, GroupEdit):
                 new, new_sink = regroup_rows(call, edit, weights, sink)
@@ -150,7 +158,7 @@ def attend(
     """
     place = (call.tower, call.layer)
     active = [(b.edit, b.heads[place]) for b in edits if b.heads.get(place)]
-    active = [(edit, heads) for edit, heads in active if edit.rows(call) is not False]
+    active = [(edit, heads) for edit, heads in active if touched_rows(edit, call) is not False]
     weight_edits = [(edit, heads) for edit, heads in active if not isinstance(edit, OutputEdit)]
     parts = _parts(weight_edits, call)
     out = _plain(call, probes, plain, parts)
@@ -179,8 +187,11 @@ def plain_rows(call: Call, index: slice | Tensor, columns: int | None = None) ->
 
 def rows_and_sink(call: Call, index: slice | Tensor, columns: int | None = None) -> tuple[Tensor, Tensor | None]:
     """The weights of some rows `[b h r s]`, and that of the learned sink column `[b h r 1]` where there is one."""
-    scores = call.scores(index, columns)
-    call.memo["scores"] = (index, columns, scores)  # for the edits of these rows
+    return softmax_and_sink(call, call.scores(index, columns))
+
+
+def softmax_and_sink(call: Call, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The same from scores `[b h r s]` of a call."""
     if call.mask is None and call.sinks is None:  # every row sees a key
         return scores.softmax(-1), None
     lse = log_sum_exp(scores, keepdim=True)
@@ -190,6 +201,15 @@ def rows_and_sink(call: Call, index: slice | Tensor, columns: int | None = None)
         lse = log_sum_exp(torch.stack([lse, logit.expand_as(lse)], -1))
         sink = (logit - lse).exp()
     return (scores - lse.masked_fill(torch.isneginf(lse), 0)).exp(), sink
+
+
+def over_values(call: Call, weights: Tensor) -> Tensor:
+    """`[b h r e]` what weights `[b h r s]` make of the values, of all columns or the first, in the call's dtype."""
+    b, h, r, s = weights.shape
+    n, e = call.v.shape[1], call.v.shape[3]
+    value = (call.v if s == call.v.shape[2] else call.v[:, :, :s]).to(weights.dtype)
+    out = torch.bmm(weights.reshape(b * n, h // n * r, s), value.reshape(b * n, s, e))
+    return out.view(b, h, r, e).to(call.q.dtype)
 
 
 def final_rows(call: Call, parts: Sequence[Part], index: slice | Tensor, columns: int | None = None) -> Tensor:
@@ -204,29 +224,37 @@ def final_rows(call: Call, parts: Sequence[Part], index: slice | Tensor, columns
 
 def _parts(edits: list[tuple[Edit, list[int]]], call: Call) -> list[Part]:
     """Sort heads by the edits that name them."""
-    by_edits: dict[tuple[int, ...], list[int]] = {}
-    chosen = [set(heads) for _, heads in edits]
-    for position, head in enumerate(call.heads if edits else ()):
-        named = tuple(i for i, heads in enumerate(chosen) if head in heads)
-        if named:
-            by_edits.setdefault(named, []).append(position)
+    if not edits:
+        return []
     parts = [
-        Part(heads, [edits[i][0] for i in named], {id(edits[i][0]): edits[i][1] for i in named})
-        for named, heads in by_edits.items()
+        Part(list(heads), [edits[i][0] for i in named], {id(edits[i][0]): edits[i][1] for i in named})
+        for named, heads in _sorted(tuple(tuple(heads) for _, heads in edits), tuple(call.heads))
     ]
     for part in parts:
         part.prepare(call)
     return parts
 
 
+@lru_cache
+def _sorted(
+    named: tuple[tuple[int, ...], ...], heads: tuple[int, ...]
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+    """Which edits name the same of these heads, and the positions of those."""
+    by_edits: dict[tuple[int, ...], list[int]] = {}
+    chosen = [set(numbers) for numbers in named]
+    for position, head in enumerate(heads):
+        which = tuple(i for i, numbers in enumerate(chosen) if head in numbers)
+        if which:
+            by_edits.setdefault(which, []).append(position)
+    return tuple((which, tuple(positions)) for which, positions in by_edits.items())
+
+
 def _plain(call: Call, probes: Sequence[Probe], plain: Callable[[], Tensor] | None, parts: list[Part]) -> Tensor:
     """The outputs before any edit. Where every head and row is edited they are not needed, and not computed."""
-    replaced = {head for part in parts if part.touched is True for head in part.heads}
-    if len(replaced) == call.q.shape[1]:
-        if len(parts) == 1:
-            return call.q[:, :, :, :0].transpose(1, 2)  # no output of these is kept
-        b, h, t, _ = call.q.shape
-        return call.q.new_empty(b, t, h, call.v.shape[-1])
+    b, h, t, e = *call.q.shape[:3], call.v.shape[-1]
+    if parts and sum(len(part.heads) for part in parts if part.touched is True) == h:
+        # No output of these is kept; of one part not even their number is asked for.
+        return call.q.transpose(1, 2) if len(parts) == 1 else call.q.new_empty(b, t, h, e)
     wants_lse = any(probe.reads_weights for probe in probes)
     if plain is not None and not (wants_lse and getattr(plain, "is_fused", False)):
         return plain()
@@ -253,11 +281,11 @@ def _edit_output(edit: OutputEdit, heads: list[int], out: Tensor, call: Call) ->
     heads = [head for head in heads if head in call.heads]  # the call may hold a part of the layer
     if not heads:
         return out
-    positions = [call.heads.index(head) for head in heads]
-    everything = positions == list(range(out.shape[2]))
+    everything = heads == call.heads
+    positions = list(range(len(heads))) if everything else [call.heads.index(head) for head in heads]
     named = _of_heads(out, positions)
     new = edit.change(named, call if everything else replace(call, heads=heads))
-    rows = edit.rows(call)
+    rows = touched_rows(edit, call)
     if isinstance(rows, Tensor):
         new = torch.where(rows[..., None, None], new, named)
     return _with_heads(out, positions, new.to(out.dtype))
@@ -274,8 +302,10 @@ def _with_heads(out: Tensor, heads: list[int], new: Tensor) -> Tensor:
     first, end = heads[0], heads[0] + len(heads)
     if heads != list(range(first, end)):
         return out.index_copy(2, _index(heads, out), new)
-    parts = [out[:, :, :first], new, out[:, :, end:]]
-    return torch.cat([part for part in parts if part.shape[2]], 2) if len(heads) < out.shape[2] else new
+    if len(heads) == out.shape[2]:
+        return new
+    before, behind = [out[:, :, :first]] if first else [], [out[:, :, end:]] if end < out.shape[2] else []
+    return torch.cat([*before, new, *behind], 2)
 
 
 def _where(edit: Edit, call: Call, index: slice | Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ subtracted, so it is exact at every mass and in bf16.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from headwise.attend._behind import rows_behind
 from headwise.attend.call import Call
 from headwise.attend.edit import GroupEdit, touched_rows
-from headwise.attend.groups import KeyGroup
+from headwise.attend.groups import KeyGroup, over_columns
 from headwise.ops.softmax import log_sum_exp
 
 __all__ = ["key_bias", "merge_sets", "regroup_rows", "split_and_merge"]
@@ -24,6 +24,7 @@ SMALL = 64  # up to so many keys, or an eighth of all, an atom is cheaper by a d
 FEW_GROUPS = 3  # for a decoded token; they make eight atoms
 DIRECT_BYTES = 2**26  # of weights formed by a direct product
 NOTHING = -1.5e4  # a log-mass below it is that of keys which are hidden
+HIDDEN = -1e30  # what is added to the score of a key that is hidden: finite, and nothing is left of the score
 LARGEST_FOLDED_BIAS = 80.0  # beyond it a float32 score would lose digits; such constants are merged instead
 
 
@@ -47,7 +48,7 @@ def key_bias(call: Call, edits: Sequence[GroupEdit]) -> Tensor | None:
     shifts: list[tuple[KeyGroup, Tensor | float]] = []
     for edit in edits:
         constants = edit.constant(call)
-        if constants is None or edit.rows(call) is not True:
+        if constants is None or touched_rows(edit, call) is not True:
             return None
         shifts += zip(edit.groups(call), constants, strict=True)
     if not shifts:
@@ -60,20 +61,27 @@ def key_bias(call: Call, edits: Sequence[GroupEdit]) -> Tensor | None:
     if call.mask is not None and call.mask.shape[2] > 1 and any(len(one) > 1 for one in values):
         return None
 
-    def bias() -> Tensor:
-        total = None
-        for (group, constant), one in zip(shifts, values, strict=True):
-            inside = call.columns(group.members(call.key_step))[:, None, None]
-            if isinstance(constant, Tensor):
-                constant = (constant if len(one) > 1 else constant[:1])[None, :, None, None]
-            part = inside.to(call.work_dtype) * constant
-            total = part if total is None else total + part
-        assert total is not None  # there are shifts
-        return total
+    groups = tuple(group for group, _ in shifts)
+    constants = [constant for _, constant in shifts if not isinstance(constant, Tensor)]
+    if len(constants) == len(shifts):
+        key = ("key bias", *constants, call.work_dtype)
+        return over_columns(call, key, groups, partial(_of_constants, constants, call.work_dtype))[0]
+    inside = over_columns(call, ("inside", call.work_dtype), groups, partial(_numbers, call.work_dtype))[0]
+    total = None
+    for members, (_, constant), one in zip(inside, shifts, values, strict=True):
+        if isinstance(constant, Tensor):
+            constant = (constant if len(one) > 1 else constant[:1])[None, :, None, None]
+        total = members * constant if total is None else total + members * constant
+    return total
 
-    if any(isinstance(constant, Tensor) for _, constant in shifts):
-        return bias()
-    return call.key_step.once(("key bias", tuple(shifts), call.k.shape[2], call.work_dtype), bias)
+
+def _of_constants(constants: Sequence[float], dtype: torch.dtype, members: Tensor) -> tuple[Tensor, None]:
+    parts = zip(members.to(dtype), constants, strict=True)
+    return torch.stack([inside * constant for inside, constant in parts]).sum(0)[:, None, None], None
+
+
+def _numbers(dtype: torch.dtype, members: Tensor) -> tuple[Tensor, None]:
+    return members.to(dtype)[:, :, None, None], None
 
 
 def split_and_merge(call: Call, edits: Sequence[GroupEdit], skip: int = 0) -> Tensor:
@@ -117,41 +125,34 @@ def _attend_parts(call: Call, atoms: Sequence[Atom], rest: Tensor) -> tuple[list
     return [out for out, _ in found], [lse for _, lse in found]
 
 
-@dataclass
-class _Codes:
-    """Every column's atom `[b 1 1 s]`, what hides the columns of others from an atom `[b 1 a s]`, the atoms of groups
-    `[g, a]`."""
-
-    atom: Tensor
-    hidden: Tensor
-    inside: Tensor
-
-
 def _one_row(call: Call, edits: Sequence[GroupEdit], groups: tuple) -> Tensor:
-    """The same for a decoded token, in few small steps: its row of scores is formed and shifted atom by atom."""
+    """The same for a decoded token, in few small steps: the softmax of its scores over every atom by itself, and a row
+    of weights that is their sum by the atoms' masses."""
     scores = call.scores(slice(None))  # b h 1 s
-    codes = call.key_step.once(("one row", groups, scores.shape[-1]), lambda: _codes(call, groups))
-    lse = log_sum_exp(scores + codes.hidden)[:, :, None]  # b h 1 a
-    if call.mask is not None and call.mask.dtype != torch.bool:
-        lse = lse.masked_fill(lse < NOTHING, -torch.inf)
+    if call.mask is not None:
+        scores = scores.clamp_min(HIDDEN)  # a softmax over hidden keys alone is a number, too
+    hidden, inside = over_columns(call, ("one row", call.work_dtype), groups, partial(_of_atoms, call.work_dtype))
+    scores = scores + hidden  # b h a s
+    shares = scores.softmax(-1)
+    lse = (scores.amax(-1) - shares.amax(-1).log())[:, :, None]  # b h 1 a: the largest share is exp(score - lse)
+    lse = lse.masked_fill(lse < NOTHING, -torch.inf)
     log_mass = lse
     if call.sinks is not None:
         log_mass = torch.cat([lse, *(x[..., None] for x in _sink_column(call, lse[..., 0]))], -1)
-    log_mass = _reweigh(log_mass, codes.inside, edits, call)
-    shift = torch.where(lse > -torch.inf, log_mass[..., : lse.shape[-1]] - lse, -torch.inf)
-    b, h, _, s = scores.shape
-    weights = (scores + shift.gather(-1, codes.atom.expand(b, h, 1, s))).exp()
-    out = weights.view(b, call.k.shape[1], call.groups, s) @ call.v.to(weights.dtype)
+    mass = _reweigh(log_mass, inside, edits, call)[..., : lse.shape[-1]].exp()
+    b, h, a, s = shares.shape
+    weights = torch.bmm(mass.reshape(b * h, 1, a), shares.view(b * h, a, s))
+    n = call.k.shape[1]
+    out = torch.bmm(weights.view(b * n, h // n, s), call.v.to(weights.dtype).reshape(b * n, s, -1))
     return out.view(b, h, 1, -1).to(call.q.dtype)
 
 
-def _codes(call: Call, groups: tuple) -> _Codes:
-    members = torch.stack([call.columns(group.members(call.key_step)) for group in groups])  # g b s
-    every, inside = _every_atom(len(groups), members.device)
-    codes = (members.long() << torch.arange(len(groups), device=members.device)[:, None, None]).sum(0)
-    hidden = torch.zeros(len(codes), len(every), codes.shape[1], dtype=call.work_dtype, device=codes.device)
-    hidden.masked_fill_(codes[:, None] != every[:, None], -torch.inf)
-    return _Codes(codes[:, None, None], hidden[:, None], inside)
+def _of_atoms(dtype: torch.dtype, members: Tensor) -> tuple[Tensor, Tensor]:
+    """What hides the columns of others from every atom, `[b 1 a s]`, and the atoms of the groups `[g, a]`."""
+    every, inside = _every_atom(len(members), members.device)
+    codes = (members.long() << torch.arange(len(members), device=members.device)[:, None, None]).sum(0)
+    hidden = torch.zeros(len(codes), len(every), codes.shape[1], dtype=dtype, device=codes.device)
+    return hidden.masked_fill_(codes[:, None] != every[:, None], HIDDEN)[:, None], inside
 
 
 @cache

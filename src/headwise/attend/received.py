@@ -220,8 +220,9 @@ def _continued(new: Tensor, old: Tensor) -> Tensor | None:
 
 def _to_columns(x: Tensor, call: Call) -> Tensor:
     """From absolute positions to the columns of a call, in memory of its own."""
-    part = x[..., call.key_offset :][..., : call.k.shape[2]]
-    missing = call.k.shape[2] - part.shape[-1]
+    s = call.k.shape[2]
+    part = x[..., call.key_offset :][..., :s] if call.key_offset or x.shape[-1] > s else x
+    missing = s - part.shape[-1]
     return torch.nn.functional.pad(part, (0, missing)) if missing else part.clone()
 
 
@@ -229,4 +230,4 @@ def _to_positions(x: Tensor, call: Call) -> Tensor:
     """From the columns of a call to absolute positions; what has left a sliding cache is 0 and never asked for."""
     if call.key_offset:
         x = torch.nn.functional.pad(x, (call.key_offset, 0))
-    return x[..., : call.key_step.total]
+    return x if x.shape[-1] <= call.key_step.total else x[..., : call.key_step.total]

@@ -1,6 +1,7 @@
 """What one forward pass is about: the facts that key groups need and that an attention call never receives."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,19 @@ class Step:
         """`[b]` index of the first real token of each sequence (0 where there is none)."""
         return self.real.int().argmax(-1)
 
+    @property
+    def batch(self) -> int:
+        return self.real.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.ids.device
+
+    @property
+    def rows_real(self) -> bool:
+        """Whether all tokens of this forward are real. Looks at values, once a forward, where padding may be."""
+        return self.once("rows real", lambda: bool(self.real[:, self.past :].all()))
+
     @classmethod
     def of(cls, batch: int, length: int, device: torch.device | str = "cpu", past: int = 0) -> "Step":
         """The step of tokens about which nothing is known but their number."""
@@ -60,13 +74,14 @@ class Step:
 
     def to(self, device: torch.device | str) -> "Step":
         """The same step on another device, made once per forward: layers of one model may lie on several."""
-        if self.ids.device == torch.device(device):
+        if self.device == torch.device(device):
             return self
         return self.once(("on", str(device)), lambda: self._moved(device))
 
     def _moved(self, device: torch.device | str) -> "Step":
-        tensors = {name: getattr(self, name).to(device) for name in ("ids", "real", "prompt")}
-        return replace(self, **tensors, images=None if self.images is None else self.images.to(device), cache={})
+        tensors: dict[str, Any] = {name: getattr(self, name).to(device) for name in ("ids", "real", "prompt")}
+        kept = {name: getattr(self, name) for name in ("past", "length", "wants_weights", "carried")}
+        return Step(**tensors, **kept, images=None if self.images is None else self.images.to(device))
 
     def once(self, key: object, make):
         """Return `make()`, computed at the first call with this key in this forward."""

@@ -1,6 +1,7 @@
 """What an attention module hands to its attention function, as a `Call`; and the call that it would have made."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ __all__ = ["Plain", "read_call"]
 
 
 class Plain:
-    """The call that the model would have made; `is_fused` where our fused operator gives the same bits."""
+    """The call that the model would have made; `is_fused` where our fused operator gives the same bits.
+
+    own: whether the function is the module's own attention, over the keys that it was given.
+    """
 
     def __init__(
         self,
@@ -24,20 +28,26 @@ class Plain:
         module: nn.Module,
         arguments: tuple[Tensor, Tensor, Tensor, Any],
         options: dict[str, Any],
+        own: bool = True,
     ):
         self.function, self.module, self.arguments, self.options = function, module, arguments, options
         self.weights: Tensor | None = None
-        query, _, value, mask = arguments
-        self.is_fused = (
-            query.device.type == "cpu"
+        self.own = own
+
+    @cached_property
+    def is_fused(self) -> bool:
+        query, _, value, mask = self.arguments
+        return (
+            self.own
+            and query.device.type == "cpu"
             and query.shape[-1] == value.shape[-1]
             # A single row with grouped keys is folded differently there, and may differ in the last bit.
             and query.shape[2] > 1
             and (mask is None or mask.dtype == torch.bool)
-            and options.get("position_bias") is None
+            and self.options.get("position_bias") is None
             and not torch.is_grad_enabled()
-            and not options["dropout"]
-            and dispatch.previous_name(module.config) == "sdpa"
+            and not self.options["dropout"]
+            and dispatch.previous_name(self.module.config) == "sdpa"
         )
 
     def __call__(self) -> Tensor:
@@ -80,7 +90,7 @@ def read_call(
         mask = hide_exactly(mask)
     if options.get("position_bias") is not None:
         mask, causal = _with_bias(options["position_bias"], mask, causal), False
-    if step is None or step.real.shape[0] != query.shape[0] or step.total < t:
+    if step is None or step.batch != query.shape[0] or step.total < t:
         # A tower that takes no tokens; or a vision tower that calls attention once per image or window.
         step = Step.of(query.shape[0], t, query.device)
     step = step.to(query.device)  # tokens may come in on another device than that of this layer

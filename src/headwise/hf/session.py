@@ -56,6 +56,15 @@ class _Context:
             self.watches = hung.pop_all()
 
 
+@dataclass(frozen=True)
+class _Placed:
+    """What is attached to one layer. uses_generated: an edit names a group that may hold generated tokens."""
+
+    edits: list[BoundEdit]
+    probes: list[Probe]
+    uses_generated: bool
+
+
 class Handle:
     """What `attach` returns: `remove()` undoes it, once."""
 
@@ -182,6 +191,9 @@ class Session:
         self._thread = threading.local()
         self._latest: dict[str, StepTracker] = {}
         self._hooks: list[Any] = []
+        self._projections: dict[nn.Module, nn.Module] = {}
+        self._projections_watched = False  # from the first probe of outputs on
+        self._by_place: dict[tuple[str, int], _Placed] = {}
         self._configs: list[Any] = []
         self._warned = False
 
@@ -206,10 +218,16 @@ class Session:
                 raise
         self.owner = thread
         self.contexts.append(context)
+        self._by_place = {}
+        if not self._projections_watched and any(probe.reads_outputs for probe in context.probes):
+            self._projections_watched = True
+            for module, projection in self._projections.items():
+                self._hooks.append(projection.register_forward_hook(self._mixed(module, projection)))
 
     def close(self, context: _Context) -> None:
         with dispatch.LOCK:
             self.contexts = [c for c in self.contexts if c is not context]
+            self._by_place = {}
             if not self.contexts:
                 self._uninstall()
         context.watches.close()
@@ -236,9 +254,7 @@ class Session:
                 hook = self._enter_stack(stack, names)
                 self._hooks.append(stack.register_forward_pre_hook(hook, with_kwargs=True))
                 self._hooks.append(stack.register_forward_hook(self._leave_stack(names)))
-            for module in self.places:
-                projection = output_projection(module, self.model)
-                self._hooks.append(projection.register_forward_hook(self._mixed(module, projection)))
+            self._projections = {module: output_projection(module, self.model) for module in self.places}
             _sessions[self.model] = self
         except BaseException:
             self._uninstall()
@@ -252,6 +268,7 @@ class Session:
         for config in self._configs:
             dispatch.restore(config)
         self._hooks, self._configs = [], []
+        self._projections, self._projections_watched = {}, False
         self._latest.clear()
         _sessions.pop(self.model, None)
 
@@ -333,9 +350,10 @@ class Session:
         query, key, value, attention_mask = arguments
         dropout = options["dropout"]
         tower, layer = self.places[module]
-        edits = [b for c in self.contexts for b in c.edits if b.heads.get((tower, layer))]
-        replayed = torch._C._current_graph_task_id() != -1
-        probes = [] if replayed else [p for c in self.contexts for p in c.probes]
+        placed = self._placed((tower, layer))
+        edits = placed.edits
+        replayed = bool(placed.probes) and torch._C._current_graph_task_id() != -1
+        probes = [] if replayed else placed.probes
         weights_probes = [p for p in probes if p.reads_weights]
         previous = dispatch.previous_function(module)
         if held is not None:
@@ -377,9 +395,9 @@ class Session:
         gates = self._gates(module, arguments, options, edits) if stands_in else None
         if gates is not None:
             previous = dispatch.base_function(module)  # edits change what is gated
-        plain = Plain(previous, module, arguments, options)
-        plain.is_fused = plain.is_fused and held is None and not stands_in
-        self._refuse_moved_rows(call, edits)
+        plain = Plain(previous, module, arguments, options, own=held is None and not stands_in)
+        if placed.uses_generated:
+            self._refuse_moved_rows(call)
         self._thread.call = (module, call)
         out = attend(call, edits, weights_probes if share is None else [], plain)
         if gates is not None:
@@ -408,10 +426,21 @@ class Session:
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             attend(gathered(call, share), edits, probes)
 
-    def _refuse_moved_rows(self, call: Call, edits: list[BoundEdit]) -> None:
+    def _placed(self, place: tuple[str, int]) -> "_Placed":
+        """What is attached to a layer."""
+        by_place = self._by_place  # another one as soon as something is opened or closed
+        known = by_place.get(place)
+        if known is None:
+            edits = [b for c in self.contexts for b in c.edits if b.heads.get(place)]
+            known = by_place[place] = _Placed(
+                edits,
+                [p for c in self.contexts for p in c.probes],
+                any(group.uses_generated for b in edits for group in b.edit.key_groups()),
+            )
+        return known
+
+    def _refuse_moved_rows(self, call: Call) -> None:
         """Beam search hands a row's cache to another row; groups of generated tokens would then be wrong."""
-        if not any(group.uses_generated for b in edits for group in b.edit.key_groups()):
-            return
         marks = self._thread.__dict__.setdefault("marks", {})
         place, last = (call.tower, call.layer), call.step.total - 1 - call.key_offset
         before, marks[place] = marks.get(place), call.k[:, 0, last].clone()

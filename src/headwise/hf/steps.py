@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import weakref
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ __all__ = ["CACHE_NAMES", "StepTracker", "find_stacks"]
 CACHE_NAMES = ("cache", "past_key_values")
 """The argument that holds the cache, and the field of a model's output: renamed in transformers 5.24."""
 CARRIED = "_headwise_carried"
+MOST_PARTS = 64  # of ids that are kept one by one before they are joined
 
 
 def find_stacks(model: nn.Module, places: dict[nn.Module, tuple[str, int]]) -> dict[str, nn.Module]:
@@ -44,6 +46,84 @@ def find_stacks(model: nn.Module, places: dict[nn.Module, tuple[str, int]]) -> d
 
 def _contains(parent: nn.Module, child: nn.Module) -> bool:
     return any(module is child for module in parent.modules())
+
+
+class GrowingStep(Step):
+    """A step that follows another: what nobody asks for is not made, so that a decoded token costs next to nothing.
+
+    Tokens are kept as they came in; what was in a prompt and what was known to be real as masks of the first tokens.
+    """
+
+    _batch: int
+    _tokens: tuple[Tensor, ...]
+    _known_prompt: Tensor  # tokens after these were generated
+    _known_real: Tensor | None  # tokens after these are real; None: all are
+    _image_token: int | None
+
+    def __init__(self, batch: int, past: int, length: int, carried: dict):
+        self._batch, self.past, self.length, self.carried = batch, past, length, carried
+        self.wants_weights, self.cache = False, {}
+
+    @classmethod
+    def start(cls, batch: int, past: int, device: torch.device) -> "GrowingStep":
+        """Tokens about which nothing is known but their number."""
+        step, unknown = cls(batch, 0, past, {}), Step.of(batch, past, device)
+        step._tokens, step._known_prompt, step._known_real = (unknown.ids,), unknown.prompt, None
+        return step
+
+    def followed(self, ids: Tensor, real: Tensor | None, image_token: int | None) -> "GrowingStep":
+        """The step of more tokens `[b, t]`. real: `[b, total]`, where the model was told."""
+        past, length = self.total, ids.shape[1]
+        step = GrowingStep(self.batch, past, length, self.carried)
+        step._tokens = (*self._tokens, ids) if len(self._tokens) < MOST_PARTS else (self.ids, ids)
+        step._image_token = image_token
+        step._known_prompt = self._known_prompt
+        if past == 0 or length > 1:
+            step._known_prompt = _longer(self._known_prompt, past, False)
+            step._known_prompt = _longer(step._known_prompt, past + length, True)
+        step._known_real = self._known_real if real is None else real.to(ids.device)
+        return step
+
+    @property
+    def batch(self) -> int:
+        return self._batch
+
+    @property
+    def device(self) -> torch.device:
+        return self._tokens[-1].device
+
+    @property
+    def rows_real(self) -> bool:
+        known = self._known_real
+        return known is None or known.shape[1] <= self.past or super().rows_real
+
+    @cached_property
+    def ids(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        ids = self._tokens[0] if len(self._tokens) == 1 else torch.cat(self._tokens, 1)
+        self._tokens = (ids,)
+        return ids
+
+    @cached_property
+    def real(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        known = self._known_real
+        if known is None:
+            return torch.ones(self.batch, self.total, dtype=torch.bool, device=self.device)
+        self._known_real = _longer(known, self.total, True)
+        return self._known_real
+
+    @cached_property
+    def prompt(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return _longer(self._known_prompt, self.total, False)
+
+    @cached_property
+    def images(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return None if self._image_token is None else (self.ids == self._image_token) & self.prompt
+
+
+def _longer(mask: Tensor, total: int, value: bool) -> Tensor:
+    """A mask `[b, n]` with more columns of one value."""
+    missing = total - mask.shape[1]
+    return torch.nn.functional.pad(mask, (0, missing), value=value) if missing else mask
 
 
 class StepTracker:
@@ -97,22 +177,9 @@ class StepTracker:
                 f"the cache went back from {old.total} to {past} tokens while headwise was active: assisted decoding "
                 "and contrastive search are not supported; generate without them, or after leaving the context"
             )
-        device = ids.device
-        known = old is not None and past > 0 and old.total == past and old.ids.shape[0] == batch
-        before = old if known and old is not None else Step.of(batch, past, device)
-        if real is None:
-            real = torch.nn.functional.pad(before.real, (0, length), value=True)
-        step = Step(
-            ids=torch.cat([before.ids, ids], 1),
-            real=real.to(device),
-            prompt=torch.nn.functional.pad(before.prompt, (0, length), value=past == 0 or length > 1),
-            past=past,
-            length=length,
-            carried=before.carried,
-        )
-        if self.image_token is not None:
-            step.images = (step.ids == self.image_token) & step.prompt
-        return step
+        if not isinstance(old, GrowingStep) or not past or old.total != past or old.batch != batch:
+            old = GrowingStep.start(batch, past, ids.device)
+        return old.followed(ids, real, self.image_token)
 
 
 def _carried(cache: Any, past: int, handed: dict) -> dict:

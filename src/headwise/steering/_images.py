@@ -58,10 +58,11 @@ def carry(step: Step, key: Hashable, found: Bool[Tensor, "b t"] | None) -> Bool[
     b = step.real.shape[0]
     parts = []
     if step.past:
-        if before is not None and before.shape[0] == b and before.shape[1] >= step.past:
-            parts.append(before[:, : step.past])
-        else:
+        if before is None or before.shape[0] != b:
             parts.append(torch.zeros_like(step.real[:, : step.past]))
+        else:  # what was not asked for, as while tokens were generated, holds nothing
+            missing = max(0, step.past - before.shape[1])
+            parts.append(torch.nn.functional.pad(before[:, : step.past], (0, missing)))
     if found is None:
         found = torch.zeros_like(step.real[:, step.past :])
     parts.append(found.to(step.real.device))

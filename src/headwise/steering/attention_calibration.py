@@ -21,13 +21,15 @@ from torch import Tensor
 from headwise.attend.call import Call
 from headwise.attend.edit import ColumnEdit, Rows
 from headwise.attend.edits import ScaleGroup
-from headwise.attend.groups import first_token
-from headwise.attend.machine import ROWS_PER_BLOCK, rows_and_sink
+from headwise.attend.groups import first_token, over_columns
+from headwise.attend.machine import ROWS_PER_BLOCK, over_values, rows_and_sink
 from headwise.attend.merge import merge_sets
 from headwise.attend.received import ColumnMemory, Received, column_sums, rows_that_see, sink_limit
 from headwise.attend.step import Step
 
 __all__ = ["AttentionCalibration", "calibrate_sinks", "calibration_bias"]
+
+FIRST = first_token()
 
 
 def calibration_bias(
@@ -41,8 +43,8 @@ def calibration_bias(
     [1.600000023841858, 0.4000000059604645]
     """
     _check_beta("calibration_bias", beta)
-    *_, grown, movable = _parted(weights, sinks, beta)
-    return torch.where(movable, torch.where(sinks, beta, grown), 1.0).log()
+    _, factor, grown = _factors(weights, sinks, beta)
+    return torch.where(sinks, factor, grown).log()
 
 
 def calibrate_sinks(
@@ -58,20 +60,20 @@ def calibrate_sinks(
     [0.8571429252624512, 0.0, 0.1428571492433548]
     """
     _check_beta("calibrate_sinks", beta)
-    own, others, grown, movable = _parted(weights, sinks, beta)
-    return torch.where(movable, own * beta + others * grown, own + others).to(weights.dtype)
+    work, factor, grown = _factors(weights, sinks, beta)
+    return (work * torch.where(sinks, factor, grown)).to(weights.dtype)
 
 
-def _parted(weights: Tensor, sinks: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights on sinks and on the others, 0 elsewhere; the factor of the others; in which rows there are others."""
-    work = weights.to(torch.promote_types(weights.dtype, torch.float32))
+def _factors(weights: Tensor, sinks: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights in float32 or float64; the factors of sinks and of the others in every row, both 1 where it has no
+    others."""
+    work = weights if weights.dtype in (torch.float32, torch.float64) else weights.float()
     own = work * sinks
-    others = work - own  # exactly the one or 0
     # Each sum from its own keys, never 1 minus the other: exact also where sinks take nearly all.
-    rest = others.sum(-1, keepdim=True)
-    movable = rest > 0
-    grown = 1 + own.sum(-1, keepdim=True) * (1 - beta) / torch.where(movable, rest, 1.0)
-    return own, others, grown, movable
+    rest = (work - own).sum(-1, keepdim=True)
+    empty = rest <= 0
+    grown = own.sum(-1, keepdim=True) * (1 - beta) / rest.masked_fill(empty, torch.inf) + 1
+    return work, grown.masked_fill(~empty, beta), grown
 
 
 @dataclass
@@ -122,7 +124,7 @@ class AttentionCalibration(ColumnEdit):
         if self.statistics not in ("prompt", "running"):
             raise ValueError(f"AttentionCalibration: statistics is {self.statistics!r}; choose prompt or running")
         self.limit = sink_limit("AttentionCalibration", self.threshold, self.relative)
-        self._mass = ScaleGroup(first_token(), self.beta)  # its arithmetic, of other keys
+        self._mass = ScaleGroup(FIRST, self.beta)  # its arithmetic, of other keys
 
     @staticmethod
     def example() -> "AttentionCalibration":
@@ -165,10 +167,12 @@ class AttentionCalibration(ColumnEdit):
 
     def end(self, call: Call) -> None:
         columns = _columns_of(self, call)
-        if self.statistics == "prompt":
+        if self._at_once(call):
             columns.received.counts += rows_that_see(call)
-            limit = self._limit(call.key_step.real.sum(-1))
-            columns.sinks = _above(columns.received.mean, limit, columns.eligible)[:, :, None]
+            limit = call.key_step.once(
+                ("limit", self.serial), lambda: self._limit(call.key_step.real.sum(-1)[:, None, None])
+            )
+            columns.sinks = ((columns.received.mean > limit) & columns.eligible[:, None])[:, :, None]
         columns.memory.keep(call, columns.received)
         columns.whole = columns.sinks is not None
 
@@ -177,14 +181,15 @@ class AttentionCalibration(ColumnEdit):
         """Count rows; where they are judged by themselves, their sinks `[b h r s]`."""
         call, n = rows.call, weights.shape[-1]
         received = _columns_of(self, call).received
-        real = call.real_rows[:, rows.index]
-        if self.statistics == "prompt":
-            if weights.shape[2] == 1:
-                own = weights[:, :, 0] * real[:, None]
+        if self._at_once(call):
+            if weights.shape[2] == 1 and call.every_row_real:
+                own = weights[:, :, 0]
             else:
-                own = (real[:, None, None].to(weights.dtype) @ weights)[:, :, 0]
-            received.sums[..., :n] += own
+                own = (call.real_rows[:, None, None, rows.index].to(weights.dtype) @ weights)[:, :, 0]
+            sums = received.sums if n == received.sums.shape[-1] else received.sums[..., :n]
+            sums += own
             return None
+        real = call.real_rows[:, rows.index]
         eligible = _columns_of(self, call).eligible[:, :n]
         real = real[:, None, :, None]
         sums = received.sums[:, :, None, :n] + (weights * real).cumsum(2)
@@ -194,6 +199,10 @@ class AttentionCalibration(ColumnEdit):
         if isinstance(limit, Tensor):
             limit = limit[:, None, :, None]
         return (sums / counts.clamp_min(1) > limit) & eligible[:, None, None]
+
+    def _at_once(self, call: Call) -> bool:
+        """Whether the rows of a call are judged together, after all of them were counted."""
+        return self.statistics == "prompt" or call.q.shape[2] == 1
 
     def _limit(self, tokens: Tensor) -> float | Tensor:
         return self.limit / tokens.clamp_min(1) if self.relative else self.limit
@@ -228,7 +237,7 @@ class AttentionCalibration(ColumnEdit):
 
     def _in_one_pass(self, call: Call) -> Tensor:
         """Rows block by block, each changed as soon as it was counted; a whole prompt only where it is one block."""
-        b, h, t, _ = call.q.shape
+        t = call.q.shape[2]
         self.begin(call)
         outs = []
         for start in range(0, t, ROWS_PER_BLOCK):
@@ -242,11 +251,12 @@ class AttentionCalibration(ColumnEdit):
                 new = self.change(weights, rows)
             else:
                 new = self._changed(weights, sinks, rows)
-            value = call.v[:, :, : new.shape[-1]].to(new.dtype)
-            outs.append((new.reshape(b, call.k.shape[1], -1, new.shape[-1]) @ value).view(b, h, index.stop - start, -1))
-        if self.statistics == "running":
+            outs.append(over_values(call, new))
+        if not self._at_once(call):
             self.end(call)
-        return torch.cat(outs, 2).to(call.q.dtype) if outs else call.attend()[0]
+        if len(outs) == 1:
+            return outs[0]
+        return torch.cat(outs, 2) if outs else call.attend()[0]
 
 
 def _columns_of(edit: AttentionCalibration, call: Call) -> _Columns:
@@ -255,16 +265,10 @@ def _columns_of(edit: AttentionCalibration, call: Call) -> _Columns:
 
 def _behind_the_first(call: Call) -> Tensor:
     """`[b s]` real keys other than the first of their sequence."""
-    real, step = call.real_columns, call.key_step
-    if step.real.shape[0] != call.k.shape[0]:
-        return real
-    first = torch.arange(step.total, device=real.device) == step.first[:, None]
-    return real & ~call.columns(first)
-
-
-def _above(mean: Tensor, limit: float | Tensor, eligible: Tensor) -> Tensor:
-    """`[b h s]` eligible columns above a limit, one for all or one for each sequence."""
-    return (mean > (limit[:, None, None] if isinstance(limit, Tensor) else limit)) & eligible[:, None]
+    if call.key_step.batch != call.k.shape[0]:
+        return call.real_columns
+    others, _ = over_columns(call, "others", (FIRST,), lambda members: (~members[0], None))
+    return call.real_columns & others
 
 
 def _tokens_so_far(call: Call) -> Tensor:

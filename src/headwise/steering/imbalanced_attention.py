@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from headwise.attend.addresses import Head, Layout
 from headwise.attend.call import Call
 from headwise.attend.edit import Edit, GroupEdit, RowEdit, Rows
-from headwise.attend.groups import KeyGroup, image_tokens, spans
+from headwise.attend.groups import KeyGroup, image_tokens, over_columns, spans
 from headwise.attend.read import Probe
 from headwise.attend.step import Step
 from headwise.errors import UnsupportedModel
@@ -218,8 +218,10 @@ class _Boost(Edit):
     @cached_property
     def sets(self) -> tuple[KeyGroup, KeyGroup]:
         """The local and the summary tokens."""
+        settled = all(group.settled for group in self.of.key_groups()) or self.reads_pictures
         return tuple(
-            KeyGroup(f"{name}:informed", partial(self._part, i)) for i, name in enumerate(("local", "summary"))
+            KeyGroup(f"{name}:informed", partial(self._part, i), settled=settled)
+            for i, name in enumerate(("local", "summary"))
         )  # pyright: ignore[reportReturnType]
 
     def _part(self, which: int, step: Step) -> Tensor:
@@ -247,7 +249,8 @@ class _Boost(Edit):
 
     def rows(self, call: Call) -> bool | Tensor:
         step = call.key_step
-        sets = self._found(step)  # also where no row of a prompt is touched: generated ones will be
+        if not step.generating:
+            self._found(step)  # also where no row of a prompt is touched: generated ones will be
         when = super().rows(call)
         if when is False:
             return False
@@ -257,6 +260,7 @@ class _Boost(Edit):
             if step.generating and known in step.carried:  # decoding need not wait for the device
                 some, every = step.carried[known]
             else:
+                sets = self._found(step)
                 there = (sets[0] | sets[1]).any(-1)
                 some, every = bool(there.any()), bool(there.all())
                 step.carried[known] = some, every
@@ -264,6 +268,7 @@ class _Boost(Edit):
                 return False
             if step.length == 1 and every and self.of.queries == "last":
                 return True
+            sets = self._found(step)
             there, real = (sets[0] | sets[1]).any(-1, keepdim=True), step.real[:, step.past :]
             if self.of.queries == "text":
                 return there & rows_after(self.of.image.members(step), step.real)[:, step.past :]
@@ -291,11 +296,15 @@ class _BoostScores(_Boost, RowEdit):
     def key_groups(self) -> tuple[KeyGroup, ...]:
         return self.of.key_groups()
 
+    def added(self, rows: Rows) -> Tensor:
+        z, call = rows.scores, rows.call
+        by_key = self._by_key(call)
+        by_key = by_key if by_key.shape[-1] == z.shape[-1] else by_key[..., : z.shape[-1]]
+        hidden = call.mask is not None or call.causal
+        return by_key * (z.masked_fill(torch.isneginf(z), 0) if hidden else z).abs()
+
     def change(self, weights: Tensor, rows: Rows) -> Tensor:
-        call, s = rows.call, weights.shape[-1]
-        z = rows.scores.to(weights.dtype)
-        # Every key is in one of the sets at most.
-        delta = self._by_key(call)[..., :s].to(z) * z.masked_fill(torch.isneginf(z), 0).abs()
+        delta = self.added(rows).to(weights.dtype)
         top = delta.detach().masked_fill(weights <= 0, 0).amax(-1, keepdim=True)
         shifted = weights * (delta - top).clamp_max(0).exp()
         missing = 0.0 if rows.sink is None else rows.sink * (-top).exp()
@@ -309,14 +318,12 @@ class _BoostScores(_Boost, RowEdit):
         """s alpha of local and s beta of summary keys, 0 of the others; `[b 1 1 s]` where heads are all alike."""
         layer = None if self.of.head_scale is None else (call.layer, *call.heads)
 
-        def strength() -> Tensor:
-            total = torch.zeros((), dtype=call.work_dtype, device=call.q.device)
-            for part, members in zip(self.strengths(call), self._found(call.key_step), strict=True):
-                part = part[:1] if layer is None else part
-                total = total + part.view(1, -1, 1, 1) * call.columns(members)[:, None, None].to(part)
-            return total
+        def strength(members: Tensor) -> tuple[Tensor, None]:
+            parts = self.strengths(call)[:, : 1 if layer is None else None, None, None]  # 2 h 1 1
+            # Every key is in one of the sets at most.
+            return (parts[:, None] * members[:, :, None, None].to(parts)).sum(0), None
 
-        return call.key_step.once(("strength", self.serial, layer, call.k.shape[2], call.work_dtype), strength)
+        return over_columns(call, ("strength", self.serial, layer, call.work_dtype), self.sets, strength)[0]
 
 
 @dataclass(eq=False)

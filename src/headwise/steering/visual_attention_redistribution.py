@@ -182,7 +182,9 @@ class _Redistribute(GroupEdit):
         if self.of.sinks is not None:
             return (self.of.sinks, self.of.image)
         if call.layer not in self._groups:
-            self._groups[call.layer] = KeyGroup(f"massive:{call.layer}", partial(self._found, call.layer))
+            self._groups[call.layer] = KeyGroup(
+                f"massive:{call.layer}", partial(self._found, call.layer), settled=True
+            )
         return (self._groups[call.layer], self.of.image)
 
     def _found(self, layer: int, step: Step) -> Tensor:
@@ -200,16 +202,19 @@ class _Redistribute(GroupEdit):
         known, groups = ("sinks", self.serial, layer), self.groups(call)
 
         def touched() -> bool | Tensor:
-            some = step.carried.get(known) if step.generating else None
+            some, every = step.carried.get(known, (None, None)) if step.generating else (None, None)
             if some is False:
                 return False
+            if every and step.length == 1 and all(group.settled for group in groups):
+                return step.rows_real or step.real[:, step.past :]  # a generated token is text
             sinks, image = (group.members(step) for group in groups)
             visual = sinks & image
             if some is None:  # asked while the prompt is read only
-                some = bool(visual.any())
+                there = visual.any(-1)
+                some, every = bool(there.any()), bool(there.all())
                 self.looked = self.looked or some or bool(image.any())
                 self.moved = self.moved or some
-                step.carried[known] = some
+                step.carried[known] = some, every
             if not some:
                 return False
             if step.length > 1:
@@ -251,9 +256,12 @@ class _Redistribute(GroupEdit):
     def _floor(self, step: Step, dtype: torch.dtype) -> Tensor:
         """`[b 1 1]` what the denominator of the share gets for all image tokens."""
         image = self.of.image
-        return step.once(
-            ("floor", image, dtype), lambda: EPSILON * image.members(step).sum(-1).view(-1, 1, 1).to(dtype)
-        )
+        place = ("floor", image, dtype, str(step.device))
+        known = step.carried.get(place) if step.generating and image.settled else step.cache.get(place)
+        if known is None or len(known) != step.batch:
+            known = EPSILON * image.members(step).sum(-1).view(-1, 1, 1).to(dtype)
+            step.carried[place] = step.cache[place] = known
+        return known
 
 
 def visual_non_sink_ratio(
