@@ -214,7 +214,7 @@ def _reweigh(log_mass: Tensor, inside: Tensor, edits: Sequence[GroupEdit], call:
         blind = torch.isneginf(log_mass.amax(-1, keepdim=True))
         mass = torch.where(blind, 0.0, log_mass)
     if not every_row:
-        mass = mass - mass.logsumexp(-1, keepdim=True)
+        mass = mass.log_softmax(-1)
     first = 0
     for edit in edits:
         count = len(edit.groups(call))

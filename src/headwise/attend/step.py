@@ -56,6 +56,11 @@ class Step:
         return self.ids.device
 
     @property
+    def all_real(self) -> bool:
+        """Whether it is known, without a look at values, that there is no padding."""
+        return False
+
+    @property
     def rows_real(self) -> bool:
         """Whether all tokens of this forward are real. Looks at values, once a forward, where padding may be."""
         return self.once("rows real", lambda: bool(self.real[:, self.past :].all()))

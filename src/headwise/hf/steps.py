@@ -93,6 +93,10 @@ class GrowingStep(Step):
         return self._tokens[-1].device
 
     @property
+    def all_real(self) -> bool:
+        return self._known_real is None
+
+    @property
     def rows_real(self) -> bool:
         known = self._known_real
         return known is None or known.shape[1] <= self.past or super().rows_real

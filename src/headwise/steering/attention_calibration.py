@@ -168,17 +168,19 @@ class AttentionCalibration(ColumnEdit):
     def end(self, call: Call) -> None:
         columns = _columns_of(self, call)
         if self._at_once(call):
-            columns.received.counts += rows_that_see(call)
-            limit = call.key_step.once(
-                ("limit", self.serial), lambda: self._limit(call.key_step.real.sum(-1)[:, None, None])
-            )
-            columns.sinks = ((columns.received.mean > limit) & columns.eligible[:, None])[:, :, None]
+            received, step = columns.received, call.key_step
+            if step.all_real and call.mask is None and not call.causal:  # all rows see all columns
+                received.counts += call.q.shape[2]
+            else:
+                received.counts += rows_that_see(call)
+            limit = step.once(("limit", self.serial), lambda: self._limit(_tokens(step)))
+            columns.sinks = ((received.mean > limit) & columns.eligible[:, None])[:, :, None]
         columns.memory.keep(call, columns.received)
         columns.whole = columns.sinks is not None
 
-    @torch.no_grad()
     def _judge(self, weights: Tensor, rows: Rows) -> Tensor | None:
         """Count rows; where they are judged by themselves, their sinks `[b h r s]`."""
+        weights = weights.detach()
         call, n = rows.call, weights.shape[-1]
         received = _columns_of(self, call).received
         if self._at_once(call):
@@ -204,8 +206,10 @@ class AttentionCalibration(ColumnEdit):
         """Whether the rows of a call are judged together, after all of them were counted."""
         return self.statistics == "prompt" or call.q.shape[2] == 1
 
-    def _limit(self, tokens: Tensor) -> float | Tensor:
-        return self.limit / tokens.clamp_min(1) if self.relative else self.limit
+    def _limit(self, tokens: Tensor | int) -> float | Tensor:
+        if not self.relative:
+            return self.limit
+        return self.limit / (tokens.clamp_min(1) if isinstance(tokens, Tensor) else max(1, tokens))
 
     # What becomes of it
 
@@ -245,7 +249,7 @@ class AttentionCalibration(ColumnEdit):
             columns = index.stop if call.causal else None
             weights, sink = rows_and_sink(call, index, columns)
             rows = Rows(call, index, columns, None, sink)
-            sinks = self._judge(weights.detach(), rows)
+            sinks = self._judge(weights, rows)
             if sinks is None:
                 self.end(call)
                 new = self.change(weights, rows)
@@ -267,8 +271,18 @@ def _behind_the_first(call: Call) -> Tensor:
     """`[b s]` real keys other than the first of their sequence."""
     if call.key_step.batch != call.k.shape[0]:
         return call.real_columns
-    others, _ = over_columns(call, "others", (FIRST,), lambda members: (~members[0], None))
-    return call.real_columns & others
+    others, _ = over_columns(call, "others", (FIRST,), _outside)
+    same = call.key_step.all_real and call.k.shape[2] <= call.key_step.total  # a longer cache holds nothing there
+    return others if same else call.real_columns & others
+
+
+def _outside(members: Tensor) -> tuple[Tensor, None]:
+    return ~members[0], None
+
+
+def _tokens(step: Step) -> Tensor | int:
+    """How many real tokens there are, `[b 1 1]` or in every sequence."""
+    return step.total if step.all_real else step.real.sum(-1)[:, None, None]
 
 
 def _tokens_so_far(call: Call) -> Tensor:
