@@ -1,11 +1,8 @@
 """The C++ kernel of neighbourhood attention, forward and backward; how it comes to be there stands in `_cpp.py`.
 
-The backward takes the weights from the log-sum-exp, a block of queries at a time, as the tiles' backward does.
-Measured against that one on a thread, in two runs: ahead at every size, 2.6 and 4.1 times at 56 x 56 with kernel 7 and
-32 channels, 2.1 with 64 (with a bias 3 to 4.5), 1.4 to 2.3 times on sequences with kernel 32 to 256, 2 to 3 times at
-8 x 14 x 14 with kernel 3; least, 1.07 and 1.15 times, at 56 x 56 with kernel 13 and 64 channels. It takes 2 to 3
-forwards; 4 to 5 with 64 channels where kernel is 13, or the grid 112 x 112, whose gradients of keys and values outgrow
-the second cache.
+The backward takes the weights from the log-sum-exp, a block of queries at a time, as the tiles' backward does. It is
+least ahead of that one with large kernels and many channels, and where gradients of keys and values outgrow the second
+cache (112 x 112 with 64 channels). `headwise bench neighborhood --input training` has both.
 """
 
 import ctypes
