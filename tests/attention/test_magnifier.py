@@ -1,11 +1,13 @@
 """Magnified attention: one softmax over keys and the fine keys of preferred regions; what a row prefers."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from headwise.attend.kernels import attention_with_lse
 from headwise.attention.magnifier import (
@@ -14,7 +16,10 @@ from headwise.attention.magnifier import (
     magnified_attention,
     region_preference,
 )
+from headwise.attention.softmax import split_heads
 from headwise.ops.regions import select_regions, spread_to_fine
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "scene_magnifier.safetensors"
 
 
 def inputs(b=2, h=4, m=2, t=6, s=9, n=8, d=5, dtype=torch.float64, seed=0) -> Any:
@@ -215,3 +220,41 @@ def test_what_is_refused():
         select_regions(torch.zeros(3), top_k=0)
     with pytest.raises(ValueError, match="heads must divide the width"):
         MagnifierAttention(10, 4)
+
+
+def test_against_the_official_code():
+    """Two of its layers (tests/oracles/scene_magnifier.py): what the first chooses, and the outputs of both."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    kept = load_file(FIXTURE)
+    heads, length, start, regions, each = 4, kept["states"].shape[2], 15, 12, 4
+    rotary = LlamaRotaryEmbedding(LlamaConfig(hidden_size=32, num_attention_heads=heads))
+    parent = torch.arange(regions).repeat_interleave(each)[None].expand(2, -1)
+    cos, sin = rotary(kept["states"][0], torch.arange(length)[None])
+
+    def projected(layer: int, name: str, x: torch.Tensor) -> torch.Tensor:
+        return split_heads(x @ kept[f"{layer}.{name}.weight"].T, heads)
+
+    def layer(number: int) -> list[torch.Tensor]:
+        q, k, v = (projected(number, f"{name}_proj", kept["states"][number]) for name in "qkv")
+        return [*apply_rotary_pos_emb(q, k, cos, sin), v]
+
+    def mixed(number: int, out: torch.Tensor) -> torch.Tensor:
+        return out.transpose(1, 2).flatten(2) @ kept[f"{number}.o_proj.weight"].T
+
+    q, k, v = layer(0)
+    out, lse = attention_with_lse(q, k, v, causal=True)
+    torch.testing.assert_close(mixed(0, out), kept["out.0"], atol=1e-4, rtol=1e-4)
+    preference = region_preference(q[:, :, start:], k[:, :, 3:start], lse[:, :, start:])
+    select = torch.zeros_like(kept["select"])
+    select[:, start:] = spread_to_fine(select_regions(preference, 96 / 255), parent)
+    assert torch.equal(select, kept["select"])
+    q, k, v = layer(1)
+    k_fine = projected(1, "k_proj_hd", kept["fine"])
+    at = 3 + parent  # fine tokens stand where their region does
+    k_fine, _ = apply_rotary_pos_emb(k_fine, k_fine, cos[0][at], sin[0][at])
+    found = magnified_attention(q, k, v, k_fine, projected(1, "v_proj_hd", kept["fine"]), select, causal=True)
+    torch.testing.assert_close(mixed(1, found), kept["out.1"], atol=1e-4, rtol=1e-4)
+    plain, _ = attention_with_lse(q, k, v, causal=True)
+    assert (mixed(1, plain) - kept["out.1"])[:, start:].abs().max() > 0.1

@@ -142,6 +142,10 @@ PAPER = Paper(
             claim="Tuned with the dense network as teacher it is as good as that, and better than with random keys.",
             criterion="digits: at most 1 point below the dense network, at least 1.5 points above random keys so tuned",
             control="random keys of the same number, drawn anew in every pass",
+            known=(
+                "in two seeds of three it holds; in seed 1 the tuned network is 1.2 points below the dense one and 0.3 "
+                "below the one with random keys: seven and two test images of 597"
+            ),
         ),
         Claim(
             id="limit",
