@@ -86,7 +86,7 @@ def variants(length: int) -> list[Variant]:
         "StreamingLLM, 40 % of the bytes": partial(ours, StreamingPolicy(0.4)),
     }
     found = [Variant(name, partial(decoding, make, length)) for name, make in made.items()]
-    skip = "kvpress 0.5.4 needs transformers below 5.3; what it keeps is compared in tests/memory"
+    skip = "kvpress 0.5.4 needs transformers below 5.3; benchmarks/_kvpress.py runs it in an environment of its own"
     return [*found, Variant("kvpress SnapKV", lambda: lambda: None, skip)]
 
 
