@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
 
 from headwise.attention.isolation import (
@@ -19,6 +21,9 @@ from headwise.attention.isolation import (
     subject_labels,
     subject_parts,
 )
+from headwise.attention.softmax import split_heads
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "subject_attention.safetensors"
 
 
 def boxes(size: tuple[int, int], *corners: tuple[int, int, int, int]) -> Tensor:
@@ -344,3 +349,37 @@ def test_inputs_are_left_alone():
     flat = x[3][:, 0, 0]
     reposition(flat, REFERENCE[:, 0], TARGET[:, 0], SIZE)
     assert all(torch.equal(a, b) for a, b in zip(before, (*x, TARGET, REFERENCE), strict=True))
+
+
+@pytest.mark.parametrize("case", ["isolated", "read", "repositioned", "boosted"])
+def test_against_the_official_code(case):
+    """Self-attention of two references and a target, with and without guidance (tests/oracles/subject_attention.py)."""
+    kept = load_file(FIXTURE)
+    states, size = kept["states"].unflatten(0, (2, 3)), (6, 8)
+    target, reference = (kept[name][None].expand(2, -1, -1) for name in ("target", "reference"))
+
+    def heads(name: str, x: Tensor) -> Tensor:
+        return split_heads(x @ kept[f"weight/to_{name}.weight"].T, 2)
+
+    q, k, v = (heads(name, states[:, -1]) for name in "qkv")
+    if case == "isolated":
+        out = F.scaled_dot_product_attention(q, k, v, isolation_mask(target)[:, None])
+    else:
+        laid = [(states[:, i], reference[:, i]) for i in range(2)]
+        if case != "read":
+            laid = [reposition(x, mask, target[:, i], size) for i, (x, mask) in enumerate(laid)]
+        k_ref, v_ref = (torch.stack([heads(name, x) for x, _ in laid], 1) for name in "kv")
+        masks = torch.stack([mask for _, mask in laid], 1)
+        boosted = case == "boosted"
+        options: dict[str, Any] = {"isolate": not boosted, "boost": 0.7 if boosted else 0.0}
+        out = reference_attention(q, k, v, k_ref, v_ref, target, masks, **options)
+    mixed = out.transpose(1, 2).flatten(2) @ kept["weight/to_out.0.weight"].T + kept["weight/to_out.0.bias"]
+    wanted = kept[f"out/{case}"].unflatten(0, (2, 3))
+    torch.testing.assert_close(mixed, wanted[:, -1], atol=1e-4, rtol=1e-4)
+    said = []
+    for i in range(3):
+        q, k, v = (heads(name, states[:, i]) for name in "qkv")
+        plain = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        said.append(plain @ kept["weight/to_out.0.weight"].T + kept["weight/to_out.0.bias"])
+    torch.testing.assert_close(torch.stack(said[:2], 1), wanted[:, :2], atol=1e-4, rtol=1e-4)
+    assert (said[2] - wanted[:, -1]).abs().max() > 0.1
