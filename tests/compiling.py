@@ -48,6 +48,7 @@ def assert_compiles(module: nn.Module, *inputs: Tensor, fullgraph: bool = False)
         path = Path(folder) / "module.pt"
         torch.save((module, inputs, fullgraph), path)
         command = [sys.executable, "-W", "ignore", "-c", CHILD, str(path)]
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        # What was compiled before is kept by the forward's graph, and calls a backward as it was then.
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TORCHINDUCTOR_CACHE_DIR": folder}
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
