@@ -93,9 +93,7 @@ class _Kept:
     total: int
 
     def serves(self, step: Step, stop: int) -> bool:
-        return (
-            self.total in (step.past, step.total) and self.batch == step.batch and stop <= self.columns.shape[-1]
-        )
+        return self.total in (step.past, step.total) and self.batch == step.batch and stop <= self.columns.shape[-1]
 
 
 def over_columns(

@@ -102,13 +102,13 @@ class GrowingStep(Step):
         return known is None or known.shape[1] <= self.past or super().rows_real
 
     @cached_property
-    def ids(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def ids(self) -> Tensor:
         ids = self._tokens[0] if len(self._tokens) == 1 else torch.cat(self._tokens, 1)
         self._tokens = (ids,)
         return ids
 
     @cached_property
-    def real(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def real(self) -> Tensor:
         known = self._known_real
         if known is None:
             return torch.ones(self.batch, self.total, dtype=torch.bool, device=self.device)
@@ -116,11 +116,11 @@ class GrowingStep(Step):
         return self._known_real
 
     @cached_property
-    def prompt(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def prompt(self) -> Tensor:
         return _longer(self._known_prompt, self.total, False)
 
     @cached_property
-    def images(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def images(self) -> Tensor | None:
         return None if self._image_token is None else (self.ids == self._image_token) & self.prompt
 
 

@@ -182,9 +182,7 @@ class _Redistribute(GroupEdit):
         if self.of.sinks is not None:
             return (self.of.sinks, self.of.image)
         if call.layer not in self._groups:
-            self._groups[call.layer] = KeyGroup(
-                f"massive:{call.layer}", partial(self._found, call.layer), settled=True
-            )
+            self._groups[call.layer] = KeyGroup(f"massive:{call.layer}", partial(self._found, call.layer), settled=True)
         return (self._groups[call.layer], self.of.image)
 
     def _found(self, layer: int, step: Step) -> Tensor:
