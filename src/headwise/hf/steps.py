@@ -175,7 +175,7 @@ class StepTracker:
             _lay(cache, self.step.carried)
 
     def _extend(self, ids: Tensor, real: Tensor | None, past: int, old: Step | None, same_cache: bool) -> Step:
-        batch, length = ids.shape
+        batch = ids.shape[0]
         if same_cache and past and old is not None and past < old.total:
             raise RuntimeError(
                 f"the cache went back from {old.total} to {past} tokens while headwise was active: assisted decoding "
