@@ -135,7 +135,8 @@ def _one_row(call: Call, edits: Sequence[GroupEdit], groups: tuple) -> Tensor:
     scores = scores + hidden  # b h a s
     shares = scores.softmax(-1)
     lse = (scores.amax(-1) - shares.amax(-1).log())[:, :, None]  # b h 1 a: the largest share is exp(score - lse)
-    lse = lse.masked_fill(lse < NOTHING, -torch.inf)
+    additive = call.mask is not None and call.mask.dtype != torch.bool
+    lse = lse.masked_fill(lse < (NOTHING if additive else HIDDEN / 2), -torch.inf)
     log_mass = lse
     if call.sinks is not None:
         log_mass = torch.cat([lse, *(x[..., None] for x in _sink_column(call, lse[..., 0]))], -1)
