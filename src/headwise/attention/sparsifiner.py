@@ -13,9 +13,9 @@ basis has deviation 0.02 and the threshold is 0.02, so that many scores are 0. W
 here; in the official code they stay as zeros, which take weight in the row of the class token.
 Time: a quarter of the keys is no gain on a processor. Beside a layer of fused attention (one thread, 6 heads of 64
 channels; `headwise bench sparsifiner`) the C++ kernel's layer takes 1.1 to 1.35 times as long from 197 to 2,305 tokens,
-plain torch 1.9 to 4.4 times: ahead at no size, for the choice grows with n^2 as dense attention does (coefficients, sums
-of basis vectors, counting for the threshold). With a twentieth of the keys the kernel is ahead at 2,305 tokens (0.95).
-Gathered keys in plain torch are behind everywhere.
+plain torch 1.9 to 4.4 times. It is ahead at no size, for the choice grows with n^2 as dense attention does
+(coefficients, sums of basis vectors, counting for the threshold). With a twentieth of the keys the kernel is ahead at
+2,305 tokens (0.95). Gathered keys in plain torch are behind everywhere.
 """
 
 import math
