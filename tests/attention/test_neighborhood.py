@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from tests.attention.neighborhoods import NO_CPP, by_loops, cases, needs_cpp, neighbours, options, tensors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import sliding_window_causal_mask_function
@@ -23,64 +24,17 @@ from headwise.attend import Ablate, Sink
 from headwise.attention import (
     NeighborhoodAttention,
     neighborhood_attention,
-    neighborhood_backends,
     neighborhood_mask,
     neighborhood_mask_mod,
 )
 from headwise.attention import _neighborhood_axes as geometry
-from headwise.attention import _neighborhood_cpp as cpp
 from headwise.attention._neighborhood_tiles import tiles_forward
 from headwise.hf import probe
 from headwise.ops import flops
 
 sdpa: Any = torch.nn.functional.scaled_dot_product_attention
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "natten.safetensors"
-NO_CPP = cpp.unavailable()
-needs_cpp = pytest.mark.skipif(NO_CPP is not None, reason=f"the C++ kernel: {NO_CPP}")
 FAST = ["tiled", pytest.param("cpp", marks=needs_cpp)]
-
-
-# The definition, once more and by counting: nearest keys of the same residue, moved in at the border.
-
-
-def neighbours(i: int, length: int, kernel: int, stride: int, dilation: int, causal: bool) -> list[int]:
-    same = [j for j in range(length) if j % dilation == i % dilation]
-    x = same.index(i)
-    block = list(range(x - x % stride, min(x - x % stride + stride, len(same))))
-    if causal:
-        leader = min(x - x % stride + stride - 1, len(same) - 1)
-        return [same[y] for y in range(len(same)) if leader - kernel < y <= x]
-    leader = block[min(stride // 2, len(block) - 1)]
-    wanted = list(range(leader - kernel // 2, leader - kernel // 2 + kernel))
-    while wanted[0] < 0:
-        wanted = [y + 1 for y in wanted]
-    while wanted[-1] >= len(same):
-        wanted = [y - 1 for y in wanted]
-    return [same[y] for y in wanted]
-
-
-def by_loops(q: Tensor, k: Tensor, v: Tensor, rules: list[tuple], bias: Tensor | None = None) -> Tensor:
-    """q `[b *S h d]`, one softmax at a time; rules: (kernel, stride, dilation, causal) of every axis."""
-    grid = q.shape[1:-2]
-    out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
-    for place in itertools.product(*(range(n) for n in grid)):
-        axes = [neighbours(i, n, *rule) for i, n, rule in zip(place, grid, rules, strict=True)]
-        keys = list(itertools.product(*axes))
-        for h in range(q.shape[-2]):
-            n = h * k.shape[-2] // q.shape[-2]
-            scores = torch.stack([(q[:, *place, h] * k[:, *j, n]).sum(-1) for j in keys], -1) / q.shape[-1] ** 0.5
-            if bias is not None:
-                at = [[(b - a) // r[2] + r[0] - 1 for a, b, r in zip(place, j, rules, strict=True)] for j in keys]
-                scores = scores + torch.stack([bias[h, *one] for one in at])
-            weights = scores.softmax(-1)
-            out[:, *place, h] = sum(weights[:, i, None] * v[:, *j, n] for i, j in enumerate(keys))
-    return out
-
-
-def tensors(grid: tuple[int, ...], heads: int = 2, kv: int = 2, size: int = 8, e: int | None = None, **kwargs):
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((heads, size), (kv, size), (kv, e or size))
-    return [torch.randn(2, *grid, *shape, generator=generator, dtype=torch.float64, **kwargs) for shape in shapes]
 
 
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
@@ -93,24 +47,6 @@ def test_equals_the_loops(backend):
     rules = [(2, 2, 2, True), (3, 2, 1, False)]
     ours = neighborhood_attention(q, k, v, (2, 3), stride=2, dilation=(2, 1), is_causal=(True, False), backend=backend)
     torch.testing.assert_close(ours, by_loops(q, k, v, rules), atol=1e-12, rtol=1e-12)
-
-
-@st.composite
-def cases(draw):
-    """A grid and a rule for each of its axes, of any kind that is allowed."""
-    rank = draw(st.integers(1, 3))
-    axes = []
-    for _ in range(rank):
-        length = draw(st.integers(1, {1: 40, 2: 11, 3: 5}[rank]))
-        dilation = draw(st.integers(1, min(3, length)))
-        kernel = draw(st.integers(1, length // dilation))
-        axes.append((length, kernel, draw(st.integers(1, kernel)), dilation, draw(st.booleans())))
-    return axes
-
-
-def options(axes: list[tuple]) -> tuple[tuple[int, ...], tuple[int, ...], dict]:
-    grid, kernel, stride, dilation, causal = zip(*axes, strict=True)
-    return grid, kernel, {"stride": stride, "dilation": dilation, "is_causal": causal}
 
 
 @given(cases())
@@ -156,34 +92,6 @@ def test_fast_paths_equal_the_definition(axes, heads, with_bias, with_extra):
         scale = expected[0].abs().max()
         assert (found[0] - expected[0]).abs().max() <= 2e-6 * scale
         torch.testing.assert_close(found[1].double(), expected[1], atol=5e-6, rtol=2e-6)
-
-
-@pytest.mark.parametrize("grid", [(90,), (23, 37), (6, 5, 40)])
-@needs_cpp
-def test_the_kernel_on_rows_that_fill_vectors(grid):
-    """Shifted blocks, their overlap at the end, and borders whose rows share a vector, with and without strides, causal
-    axes and a bias; sizes that are whole vectors and others."""
-    for kernel, stride, dilation, causal in itertools.product((4, 7), (1, 3), (1, 2), (False, True)):
-        window = tuple(min(kernel, n // dilation) for n in grid)
-        step = tuple(min(stride, n) for n in window)
-        sizes = (12, 10) if kernel == 4 else (32, 19)
-        q, k, v = (x.float() for x in tensors(grid, 4, 2, *sizes))
-        bias = torch.randn(4, *(2 * n - 1 for n in window))
-        given_ = {"stride": step, "dilation": dilation, "is_causal": causal, "bias": bias}
-        ours, theirs = (neighborhood_attention(q, k, v, window, backend=one, **given_) for one in ("cpp", "tiled"))
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-
-
-@needs_cpp
-def test_the_kernel_shares_its_work_among_threads():
-    q, k, v = (x.float() for x in tensors((40, 40), 4, 2))
-    one = neighborhood_attention(q, k, v, 7, backend="cpp")
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        assert torch.equal(neighborhood_attention(q, k, v, 7, backend="cpp"), one)
-    finally:
-        torch.set_num_threads(before)
 
 
 FLEX = """
@@ -352,98 +260,6 @@ def test_gradients_equal_those_of_the_definition(backend, with_bias):
         found[one] = torch.autograd.grad(loss, [x for x in (q, k, v, bias) if x is not None])
     for ours, theirs in zip(found[backend], found["reference"], strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5 * float(theirs.abs().max()), rtol=1e-4)
-
-
-def kernels_gradients(backend: str, *tensors_: Tensor, kernel, **given_) -> list[Tensor]:
-    """Of a loss that reads outputs and log-sum-exp, for q, k, v and, where there is one, the bias."""
-    dtype = torch.float32 if backend == "cpp" else torch.float64
-    q, k, v, *bias = leaves = [x.detach().to(dtype).requires_grad_() for x in tensors_]
-    given_ |= {"bias": bias[0]} if bias else {}
-    out, lse = neighborhood_attention(q, k, v, kernel, backend=backend, return_lse=True, **given_)
-    loss = (out * torch.linspace(-1, 1, out.numel(), dtype=dtype).view(out.shape)).sum() + lse.square().sum()
-    return list(torch.autograd.grad(loss, leaves))
-
-
-def same_gradients(found: list[Tensor], expected: list[Tensor]) -> None:
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.dtype == torch.float32
-        torch.testing.assert_close(ours.double(), theirs, atol=5e-6 * float(theirs.abs().max()), rtol=1e-5)
-
-
-@given(cases(), st.sampled_from([(2, 2), (4, 2), (3, 1)]), st.booleans())
-@settings(max_examples=60, deadline=None)
-@needs_cpp
-def test_the_kernels_gradients_equal_the_definitions_in_double_precision(axes, heads, with_bias):
-    grid, kernel, given_ = options(axes)
-    inputs = tensors(grid, *heads, size=5, e=6)
-    if with_bias:
-        inputs.append(torch.randn(heads[0], *(2 * n - 1 for n in kernel), dtype=torch.float64))
-    found, expected = (kernels_gradients(one, *inputs, kernel=kernel, **given_) for one in ("cpp", "reference"))
-    same_gradients(found, expected)
-
-
-@pytest.mark.parametrize("grid", [(90,), (23, 37), (6, 5, 40)])
-@needs_cpp
-def test_the_kernels_gradients_on_rows_that_fill_vectors(grid):
-    """Shifted blocks, their overlap (whose queries may count once), and borders, as in the forward's test."""
-    for kernel, stride, dilation, causal in itertools.product((4, 7), (1, 3), (1, 2), (False, True)):
-        window = tuple(min(kernel, n // dilation) for n in grid)
-        step = tuple(min(stride, n) for n in window)
-        inputs = tensors(grid, 4, 2, *((12, 10) if kernel == 4 else (32, 19)))
-        inputs.append(torch.randn(4, *(2 * n - 1 for n in window), dtype=torch.float64))
-        given_ = {"stride": step, "dilation": dilation, "is_causal": causal}
-        found, expected = (kernels_gradients(one, *inputs, kernel=window, **given_) for one in ("cpp", "tiled"))
-        same_gradients(found, expected)
-
-
-@pytest.mark.parametrize("rule", [(3, 1, 1, False), (4, 2, 1, False), (3, 1, 2, True)])
-@needs_cpp
-def test_the_kernels_gradients_are_slopes_of_the_loops(rule):
-    """Along a random direction, by differences of the brute force in double precision, on rows of 21 with a bias."""
-    kernel, stride, dilation, causal = rule
-    rules = [(2, 1, 1, False), rule]
-    inputs = [*tensors((3, 21), 2, 1, 6, 5), torch.randn(2, 3, 2 * kernel - 1, dtype=torch.float64)]
-    upstream = torch.randn(2, 3, 21, 2, 5, dtype=torch.float64)
-    directions = [torch.randn_like(x) for x in inputs]
-    sides = []
-    for step in (1e-5, -1e-5):
-        q, k, v, bias = (x + step * one for x, one in zip(inputs, directions, strict=True))
-        sides.append((by_loops(q, k, v, rules, bias) * upstream).sum())
-    slope = (sides[0] - sides[1]) / 2e-5
-    q, k, v, bias = leaves = [x.float().requires_grad_() for x in inputs]
-    out = neighborhood_attention(
-        q, k, v, (2, kernel), stride=(1, stride), dilation=(1, dilation), is_causal=(False, causal), bias=bias,
-        backend="cpp",
-    )  # fmt: skip
-    assert isinstance(out, Tensor)
-    found = torch.autograd.grad((out * upstream).sum(), leaves)
-    along = sum((x.double() * one).sum() for x, one in zip(found, directions, strict=True))
-    torch.testing.assert_close(along, slope, atol=1e-4, rtol=1e-4)
-
-
-@needs_cpp
-def test_the_kernels_gradients_do_not_depend_on_threads():
-    """More threads than pairs of batch and head: the parts of a pair are added up."""
-    inputs = [*tensors((11, 40), 2, 1), torch.randn(2, 9, 9, dtype=torch.float64)]
-    one = kernels_gradients("cpp", *inputs, kernel=5)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(5)
-        many = kernels_gradients("cpp", *inputs, kernel=5)
-    finally:
-        torch.set_num_threads(before)
-    for ours, theirs in zip(many, one, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=3e-6 * float(theirs.abs().max()), rtol=1e-5)
-
-
-@needs_cpp
-def test_the_kernels_backward_is_the_one_that_runs(monkeypatch):
-    calls = []
-    run = cpp.backward
-    monkeypatch.setattr(cpp, "backward", lambda *args: calls.append(1) or run(*args))
-    kernels_gradients("cpp", *tensors((9, 9)), kernel=3)
-    kernels_gradients("tiled", *tensors((9, 9)), kernel=3)
-    assert calls == [1]
 
 
 def test_masks_made_while_inferring_do_not_break_training():
@@ -631,42 +447,3 @@ def test_tensors_that_do_not_fit_are_refused():
         NeighborhoodAttention(16, 2, 3, grid_size=(3, 4))(torch.zeros(1, 10, 16))
     with pytest.raises(ValueError, match="give kernel_size a value for every axis"):
         NeighborhoodAttention(16, 2, 3, relative_bias=True)
-
-
-WHEN = """
-import sys, torch
-from pathlib import Path
-from headwise.attention import neighborhood as n
-def chosen(length):
-    q = torch.zeros(1, 4, length, length, 8)
-    return n._choose("auto", q, q, None, n.axes_of((length, length), 7))
-def built():
-    return len([*Path(sys.argv[1]).rglob("*.so")])
-print(chosen(14), built(), chosen(28), built(), chosen(14), n._choose("auto", torch.zeros(1, 1, 7, 1).double(),
-      torch.zeros(1, 1, 7, 1), None, n.axes_of((7,), 3)))
-"""
-
-
-@needs_cpp
-def test_small_calls_use_a_kernel_that_is_there_and_build_none(tmp_path):
-    """The first small call finds none, a large one builds it, and every call after that, of a later process too, takes
-    it."""
-    for found in ("tiled 0 cpp 1 cpp tiled", "cpp 1 cpp 1 cpp tiled"):
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "XDG_CACHE_HOME": str(tmp_path)}
-        command = [sys.executable, "-c", WHEN, str(tmp_path)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == found
-
-
-def test_the_kernel_can_be_turned_off_and_says_why(tmp_path):
-    code = "import headwise.attention as a; print(a.neighborhood_backends()['cpp'])"
-
-    def reason(**change: str) -> str:
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **change}
-        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    assert reason(HEADWISE_CPP="0") == "HEADWISE_CPP is 0"
-    nothing = reason(PATH="", CXX="", HEADWISE_CPP="1", XDG_CACHE_HOME=str(tmp_path))
-    assert nothing == "no C++ compiler was found (CXX, g++, clang++)"
-    assert set(neighborhood_backends()) == {"reference", "tiled", "cpp", "flex", "natten"}
